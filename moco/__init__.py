@@ -1,0 +1,1 @@
+"""Momentum contrast (MoCo v1 and v2) with implicit feature modification (IFM)."""
