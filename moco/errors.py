@@ -5,11 +5,15 @@ import sys
 
 
 class UserError(Exception):
-    """Something that the person who started the program can put right. Its message is a sentence that says how."""
+    """Something that the person who started the program can put right. Its message is a sentence that
+    says how.
+    """
 
 
 def run_program(main):
-    """Call `main()` and exit. A UserError becomes one sentence (exit code 2), Ctrl-C ends quietly (exit code 130)."""
+    """Call `main()` and exit. A UserError becomes one sentence (exit code 2), Ctrl-C ends quietly (exit
+    code 130).
+    """
     try:
         main()
     except UserError as error:

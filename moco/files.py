@@ -19,9 +19,11 @@ def fsync_path(path):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Give a temporary path in the folder of `path` to write to; on success it is flushed and renamed to `path`.
+    """Give a temporary path in the folder of `path` to write to; on success it is flushed and renamed to
+    `path`.
 
-    On any exception, Ctrl-C included, the temporary file is removed and a file that stood at `path` stays as it was.
+    On any exception, Ctrl-C included, the temporary file is removed and a file that stood at `path` stays
+    as it was.
     """
     path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -38,28 +40,40 @@ def atomic_file(path):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
+def atomic_folder(path, replace=False):
     """Give a temporary folder beside `path` to fill; on success it is renamed to `path`, otherwise removed.
 
-    Raises FileExistsError when something that is not an empty folder stands at `path`.
+    Raises FileExistsError when something that is not an empty folder stands at `path`, unless `replace` is
+    set: a folder at `path` then stays as it is until the new one is full, and is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or (not replace and any(path.iterdir()))):
         raise FileExistsError(f"{path} exists already")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    old = temporary.with_suffix(".old")
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
+        if replace and path.exists():
+            os.replace(path, old)  # a folder that is not empty cannot be renamed over
         os.replace(temporary, path)
         fsync_path(path.parent)
     finally:
+        if old.exists() and not path.exists():  # interrupted between the two renames
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path):
     """SHA-256 of a file as hexadecimal digits, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
+    return file_hash(path, "sha256")
+
+
+def file_hash(path, algorithm):
+    """Hash of a file by an algorithm that hashlib names, as hexadecimal digits, read in pieces of 1 MiB."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)  # md5 is allowed as a checksum everywhere
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)

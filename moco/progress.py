@@ -15,11 +15,12 @@ def duration(seconds):
 
 
 class Progress:
-    """Counts items up to `total` and shows how many are done and how long the rest will take, on standard error.
+    """Counts items up to `total` and shows how many are done and how long the rest will take, on standard
+    error.
 
-    On a terminal the line is rewritten twice a second; elsewhere (a log file) a line is added every ten seconds.
-    `unit` names what is counted; `scale` divides the counts when they are shown (1e6 for bytes shown as MB).
-    Use it as a context manager: the line is ended on the way out, also after an exception.
+    On a terminal the line is rewritten twice a second; elsewhere (a log file) a line is added every ten
+    seconds. `unit` names what is counted; `scale` divides the counts when they are shown (1e6 for bytes
+    shown as MB). Use it as a context manager: the line is ended on the way out, also after an exception.
     """
 
     def __init__(self, label, total, unit="", scale=1, stream=None):

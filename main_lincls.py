@@ -1,0 +1,190 @@
+"""Linear classification on the frozen features of a pre-trained encoder.
+
+python main_lincls.py --pretrained checkpoint_0199.pth.tar --dataset_root ROOT ...   (and every way to
+start that main_moco.py has)
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from moco import trifeature
+from moco.checkpoint import (
+    check_arch,
+    continue_from,
+    encoder_state,
+    load_strictly,
+    read_checkpoint,
+    save_checkpoint,
+)
+from moco.data import labelled_folders, training_loader, validation_loader
+from moco.distributed import from_first, launch, sum_over_processes, wrap
+from moco.encoders import base_encoder
+from moco.errors import UserError, run_program
+from moco.loader import linear_train, linear_val
+from moco.meters import StepLog, check_finite
+from moco.options import check_output, check_shared, data_folder, shared_parser
+from moco.schedules import learning_rate, set_learning_rate
+from moco.seeds import seed_from_system
+
+
+def parse_args():
+    parser = shared_parser(
+        "Train a linear classifier on the frozen features of a pre-trained encoder.",
+        epochs=100, lr=30.0, schedule=[60, 80], weight_decay=0.0,
+    )  # fmt: skip
+    linear = parser.add_argument_group("linear evaluation")
+    linear.add_argument(
+        "--pretrained",
+        default="",
+        metavar="CKPT",
+        help="checkpoint of either program (default: random features)",
+    )
+    linear.add_argument(
+        "-e", "--evaluate", action="store_true", help="only validate the classifier of --resume"
+    )
+    linear.add_argument(
+        "--target",
+        choices=tuple(trifeature.FACTORS),
+        help="predict this factor of Trifeature, not the folder's class",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    check_shared(args)
+    if args.evaluate and not args.resume:
+        raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
+    if args.pretrained and args.resume:
+        raise UserError("--resume holds the features too; leave out --pretrained")
+    if args.pretrained and not Path(args.pretrained).is_file():
+        raise UserError(
+            f"--pretrained: there is no file {args.pretrained}; without the flag, features are random"
+        )
+    base_encoder(args.arch)
+    check_output(args.output_dir)
+    folder = data_folder(args)
+    labelled_folders(folder, args.target)
+    launch(
+        evaluate_features, (args, folder),
+        nodes=args.world_size, node_rank=args.rank, url=args.dist_url, backend=args.dist_backend,
+        spawn=args.multiprocessing_distributed, gpu=args.gpu,
+    )  # fmt: skip
+
+
+def evaluate_features(process, args, folder):
+    """Train and validate the classifier in one process of the run."""
+    say = print if process.is_first else lambda *_: None
+    source = args.pretrained or args.resume
+    checkpoint = read_checkpoint(source) if source else {}
+    check_arch(checkpoint, args.arch, source)
+    seed = from_first(args.seed if args.seed is not None else checkpoint.get("seed", seed_from_system()))
+
+    # Data: training samples are shared out batch by batch, validation images one by one.
+    train, val, classes = labelled_folders(folder, args.target)
+    train_loader = training_loader(
+        train, linear_train(args.image_size), process, args.batch_size, args.workers, seed
+    )
+    val_loader = validation_loader(val, linear_val(args.image_size), process, args.batch_size, args.workers)
+
+    # Model: everything is frozen but the last layer, which starts small.
+    torch.manual_seed(seed)
+    model = base_encoder(args.arch)(num_classes=classes)
+    model.requires_grad_(False)
+    model.fc.weight.data.normal_(mean=0.0, std=0.01)
+    model.fc.bias.data.zero_()
+    model.fc.requires_grad_(True)
+    if args.pretrained:
+        load_strictly(model, encoder_state(checkpoint, source), source, may_miss=("fc.weight", "fc.bias"))
+    frozen = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("fc.")
+    }
+    model = wrap(model.to(process.device), process)
+    optimizer = torch.optim.SGD(
+        model.module.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    start_epoch, best_acc1 = args.start_epoch, 0.0
+    if args.resume:
+        start_epoch = continue_from(checkpoint, args.resume, model.module, optimizer, args.epochs)
+        best_acc1 = float(checkpoint.get("best_acc1", 0.0))
+
+    say(f"{len(train)} training and {len(val)} validation images of {folder}, {classes} classes; seed {seed}")
+    say(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
+    if args.evaluate:
+        validate(args, process, val_loader, model)
+        return
+
+    for epoch in range(start_epoch, args.epochs):
+        set_learning_rate(optimizer, learning_rate(args.lr, epoch, args.epochs, milestones=args.schedule))
+        train_loader.batch_sampler.epoch = epoch
+        train_epoch(args, process, train_loader, model, optimizer, epoch)
+        acc1 = validate(args, process, val_loader, model)
+        if epoch == start_epoch:
+            check_frozen(model.module, frozen)
+
+        is_best, best_acc1 = acc1 > best_acc1, max(acc1, best_acc1)
+        if process.is_first:
+            state = {
+                "epoch": epoch + 1,
+                "arch": args.arch,
+                "state_dict": model.state_dict(),
+                "best_acc1": best_acc1,
+                "optimizer": optimizer.state_dict(),
+                "seed": seed,
+            }
+            for name in ["checkpoint.pth.tar"] + ["model_best.pth.tar"] * is_best:
+                save_checkpoint(state, Path(args.output_dir) / name)
+    say(f"best Acc@1 {best_acc1:.3f} (chance {100 / classes:.3f})")
+
+
+def train_epoch(args, process, loader, model, optimizer, epoch):
+    """One pass over the training data with the backbone in evaluation mode, so that its BatchNorm stays
+    as it is.
+    """
+    model.eval()
+    log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0)
+    for images, target in log.steps():
+        images = images.to(process.device, non_blocking=True)
+        target = target.to(process.device, non_blocking=True)
+
+        output = model(images)  # N x classes
+        loss = F.cross_entropy(output, target)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.update(loss, output, target)
+    check_finite(log.loss.mean, epoch, optimizer)
+
+
+@torch.no_grad()
+def validate(args, process, loader, model):
+    """Top-1 accuracy in percent on the validation set, each image counted once in all processes."""
+    model.eval()
+    log = StepLog("Test: ", loader, args.print_freq if process.is_first else 0)
+    for images, target in log.steps():
+        target = target.to(process.device, non_blocking=True)
+        output = model.module(
+            images.to(process.device, non_blocking=True)
+        )  # past DDP: processes may differ in steps
+        log.update(F.cross_entropy(output, target), output, target)
+
+    sums = torch.tensor([float(log.top1.total), float(log.top5.total), log.top1.count], dtype=torch.float64)
+    acc1, acc5, count = sum_over_processes(sums.to(process.device)).tolist()
+    if process.is_first:
+        print(f" * Acc@1 {acc1 / count:.3f} Acc@5 {acc5 / count:.3f}")
+    return acc1 / count
+
+
+def check_frozen(model, frozen):
+    """Raise RuntimeError when a tensor of the backbone is not what it was before training."""
+    state = model.state_dict()
+    moved = [name for name, tensor in frozen.items() if not torch.equal(state[name].cpu(), tensor)]
+    if moved:
+        raise RuntimeError(f"training the classifier changed frozen tensors: {', '.join(moved[:3])}")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,225 @@
+"""Unsupervised pre-training with MoCo v1, MoCo v2 and implicit feature modification (IFM).
+
+One process, on a GPU or on the CPU:   python main_moco.py --dataset_root ROOT ... One process per GPU of
+this machine:   python main_moco.py --multiprocessing-distributed --world-size 1 --rank 0 ... The same by
+torchrun, on any nodes:    torchrun --nproc_per_node 4 main_moco.py ...
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from moco import losses
+from moco.builder import MoCo
+from moco.checkpoint import check_arch, continue_from, read_checkpoint, save_checkpoint
+from moco.data import image_folder, training_loader
+from moco.distributed import check_agreement, from_first, launch, wrap
+from moco.encoders import base_encoder
+from moco.errors import UserError, run_program
+from moco.loader import TwoCropsTransform, moco_v1, moco_v2
+from moco.meters import StepLog, check_finite
+from moco.options import check_output, check_shared, data_folder, shared_parser
+from moco.progress import duration
+from moco.schedules import learning_rate, set_learning_rate
+from moco.seeds import STEP, fold, seed_from_system
+
+
+def parse_args():
+    parser = shared_parser(
+        "Pre-train an encoder without labels by momentum contrast, with or without IFM.",
+        epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4,
+    )  # fmt: skip
+    moco = parser.add_argument_group("MoCo (v2 is --mlp --moco-t 0.2 --aug-plus --cos)")
+    moco.add_argument(
+        "--moco-dim", type=int, default=128, metavar="C", help="feature length (default: %(default)s)"
+    )
+    moco.add_argument(
+        "--moco-k", type=int, default=65536, metavar="K", help="keys in the queue (default: %(default)s)"
+    )
+    moco.add_argument(
+        "--moco-m", type=float, default=0.999, metavar="M", help="key momentum (default: %(default)s)"
+    )
+    moco.add_argument(
+        "--moco-t", type=float, default=0.07, metavar="T", help="temperature (default: %(default)s)"
+    )
+    moco.add_argument("--mlp", action="store_true", help="give the head MoCo v2's hidden layer")
+    moco.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation, with blur")
+    moco.add_argument("--cos", action="store_true", help="cosine learning rate instead of --schedule")
+    moco.add_argument(
+        "--bn-splits", type=int, default=1, metavar="G",
+        help="BatchNorm over G groups in one process, as G processes have (upstream: 8 GPUs; default: off)",
+    )  # fmt: skip
+    ifm = parser.add_argument_group("implicit feature modification")
+    ifm.add_argument(
+        "--method",
+        choices=("ifm", "ifm_only"),
+        help="add the perturbed loss, or use it alone (default: plain InfoNCE)",
+    )
+    ifm.add_argument("--epsilon", type=float, metavar="E", help="step of the perturbation (default: 0.1)")
+    ifm.add_argument("--alpha", type=float, metavar="A", help="weight of the perturbed loss (default: 1.0)")
+    return parser.parse_args()
+
+
+def check(args):
+    """Fill in the defaults of IFM and refuse flags that contradict each other, before anything is started."""
+    check_shared(args)
+    if args.method is None and (args.epsilon is not None or args.alpha is not None):
+        raise UserError("--epsilon and --alpha belong to IFM; add --method ifm, or leave them out")
+    if args.method == "ifm_only" and args.alpha is not None:
+        raise UserError(
+            "--alpha weighs the perturbed loss against the plain one, which --method ifm_only does not have"
+        )
+    if args.method:
+        args.epsilon = 0.1 if args.epsilon is None else args.epsilon
+        args.alpha = 1.0 if args.alpha is None else args.alpha
+        for name in ("epsilon", "alpha"):
+            if not 0 <= getattr(args, name) < math.inf:
+                raise UserError(f"--{name} must be 0 or more, not {getattr(args, name)}")
+    if not 0 <= args.moco_m <= 1:
+        raise UserError(f"--moco-m must be between 0 and 1, not {args.moco_m}")
+    if not 0 < args.moco_t < math.inf:
+        raise UserError(f"--moco-t must be above 0, not {args.moco_t}")
+    for name in ("moco_dim", "moco_k", "bn_splits"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+
+
+def main():
+    args = parse_args()
+    check(args)
+    base_encoder(args.arch)
+    check_output(args.output_dir)
+    folder = data_folder(args)
+    image_folder(folder, "train")
+    launch(
+        pretrain, (args, folder),
+        nodes=args.world_size, node_rank=args.rank, url=args.dist_url, backend=args.dist_backend,
+        spawn=args.multiprocessing_distributed, gpu=args.gpu,
+    )  # fmt: skip
+
+
+def pretrain(process, args, folder):
+    """Train in one process of the run, from the first epoch to the last, with a checkpoint after each."""
+    say = print if process.is_first else lambda *_: None
+    checkpoint = read_checkpoint(args.resume) if args.resume else {}
+    check_arch(checkpoint, args.arch, args.resume)
+    seed = from_first(args.seed if args.seed is not None else checkpoint.get("seed", seed_from_system()))
+
+    # Data: every process loads its part of each global batch.
+    images = image_folder(folder, "train")
+    recipe = moco_v2 if args.aug_plus else moco_v1
+    loader = training_loader(
+        images, TwoCropsTransform(recipe(args.image_size)), process, args.batch_size, args.workers, seed,
+        args.bn_splits,
+    )  # fmt: skip
+    batches = loader.batch_sampler
+
+    # Model: equal on all processes, as torch's generator starts from the run's seed on each.
+    torch.manual_seed(seed)
+    model = MoCo(
+        base_encoder(args.arch), args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp,
+        epsilon=args.epsilon, bn_splits=args.bn_splits,
+    )  # fmt: skip
+    model = wrap(model.to(process.device), process)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    start_epoch = args.start_epoch
+    if checkpoint:
+        start_epoch = continue_from(checkpoint, args.resume, model.module, optimizer, args.epochs)
+    check_agreement(settings(args))
+
+    say(
+        f"{len(images)} images of {folder}, {len(batches)} steps of {batches.global_batch} an epoch; "
+        f"seed {seed}"
+    )
+    say(
+        f"processes: {process.world_size} on {process.device.type}; loader workers each: {loader.num_workers}"
+    )
+    chance = losses.chance(args.moco_k, args.method, args.epsilon or 0.0, args.alpha or 0.0, args.moco_t)
+    for line in notes(args, chance, len(images), process.world_size * args.bn_splits):
+        say(line)
+
+    start = time.monotonic()
+    for epoch in range(start_epoch, args.epochs):
+        lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
+        set_learning_rate(optimizer, lr)
+        batches.epoch = epoch
+        loss = train_epoch(args, process, loader, model, optimizer, epoch, seed)
+
+        seconds = (time.monotonic() - start) / (epoch + 1 - start_epoch)
+        fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
+        say(
+            f"epoch {epoch}: loss {loss:.4f} (chance {chance:.4f}), lr {lr:.3g}, "
+            f"queue {fill:.0%} full, {duration(seconds)} an epoch, "
+            f"{duration(seconds * (args.epochs - epoch - 1))} left"
+        )
+        if process.is_first:
+            save_checkpoint(
+                {
+                    "epoch": epoch + 1,
+                    "arch": args.arch,
+                    "state_dict": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "seed": seed,
+                    "settings": settings(args),
+                },
+                Path(args.output_dir) / f"checkpoint_{epoch:04d}.pth.tar",
+            )
+
+
+def train_epoch(args, process, loader, model, optimizer, epoch, seed):
+    """One pass over the data. Returns the mean loss of this process; UserError when it is not finite."""
+    model.train()
+    log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0)
+    for step, ((im_q, im_k), _) in enumerate(log.steps()):
+        im_q = im_q.to(process.device, non_blocking=True)  # N x 3 x H x W
+        im_k = im_k.to(process.device, non_blocking=True)  # N x 3 x H x W
+
+        torch.manual_seed(fold(seed, STEP, epoch, step, process.rank))  # for shuffle-BN and dropout
+        logits, *logits_ifm, labels = model(im_q, im_k)  # N x (1+K)
+        if args.method == "ifm":
+            loss = losses.ifm(logits, *logits_ifm, labels, args.alpha)
+        elif args.method == "ifm_only":
+            loss = losses.info_nce(*logits_ifm, labels)
+        else:
+            loss = losses.info_nce(logits, labels)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.update(loss, logits, labels)
+    check_finite(log.loss.mean, epoch, optimizer)
+    return log.loss.mean
+
+
+def settings(args):
+    """The flags that decide what is computed, as plain values."""
+    where_and_how = {
+        "folder", "dataset_root", "dataset", "workers", "output_dir", "resume", "print_freq", "start_epoch",
+        "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "gpu",
+    }  # fmt: skip
+    return {name: value for name, value in vars(args).items() if name not in where_and_how}
+
+
+def notes(args, chance, images, batchnorm_groups):
+    """What a user should know about this run, a line each."""
+    of_ifm = f"; {chance:.4f} with the perturbed loss of IFM" if args.method else ""
+    yield (
+        f"at chance the loss is ln(1+K) = {losses.chance(args.moco_k):.4f}{of_ifm}; it starts lower, "
+        "rises while the queue fills, then falls"
+    )
+    if batchnorm_groups == 1:
+        yield (
+            "note: with one BatchNorm group shuffling hides nothing, so a query and its key share "
+            "statistics and the model can find its positives by them; --bn-splits 8 gives what 8 GPUs have"
+        )
+    if args.moco_k > images:
+        yield (
+            f"warning: a queue of {args.moco_k} keys holds every one of {images} images more than once, so "
+            "an image is contrasted with itself; lower --moco-k"
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,150 @@
+"""MoCo: two encoders, a queue of keys, and InfoNCE logits that implicit feature modification (IFM) can
+perturb.
+
+He et al., "Momentum contrast for unsupervised visual representation learning", CVPR 2020 (algorithm 1);
+Chen et al., "Improved baselines with momentum contrastive learning", 2020 (MoCo v2);
+Robinson et al., "Can contrastive learning avoid shortcut solutions?", NeurIPS 2021 (IFM).
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from moco.batchnorm import deinterleave, interleave, split_batchnorm
+
+
+class MoCo(nn.Module):
+    """The query encoder, its momentum copy the key encoder, and the queue of the K newest keys.
+
+    base_encoder: a callable that takes `num_classes` and returns a network that ends in the Linear `fc`
+    dim: C, the length of a feature
+    K: how many keys the queue holds
+    m: momentum of the key encoder
+    T: temperature
+    mlp: give each encoder MoCo v2's hidden layer, Linear(d, d) and ReLU, before `fc`
+    epsilon: perturb the logits by IFM with this step; None for plain InfoNCE
+    bn_splits: compute BatchNorm over this many groups of the batch, as that many processes would
+
+    Random numbers are drawn at construction in upstream's order: query encoder, key encoder, hidden layer
+    of the query's head, of the key's, queue. Buffers: `queue` (dim x K, unit columns), `queue_ptr` ((1,),
+    int64).
+    """
+
+    def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, epsilon=None, bn_splits=1):
+        super().__init__()
+        self.K, self.m, self.T = K, m, T
+        self.epsilon, self.bn_splits = epsilon, bn_splits
+
+        self.encoder_q = base_encoder(num_classes=dim)
+        self.encoder_k = base_encoder(num_classes=dim)
+        if mlp:
+            self.encoder_q.fc = _mlp_head(self.encoder_q.fc)
+            self.encoder_k.fc = _mlp_head(self.encoder_k.fc)
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.encoder_k.requires_grad_(False)
+        if bn_splits > 1:
+            split_batchnorm(self, bn_splits)
+
+        self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, im_q, im_k, epsilon=None):
+        """Contrast two views of N images (N x 3 x H x W each) and put the keys into the queue.
+
+        Returns logits (N x (1+K), the positive first, divided by T), then, when an epsilon is given here
+        or at construction, logits_ifm of the same shape, then labels (N, int64, all 0).
+        """
+        q = self._encode(self.encoder_q, im_q)  # N x C
+
+        with torch.no_grad():
+            self._momentum_update_key_encoder()
+            im_k, idx_unshuffle = self._batch_shuffle(im_k)
+            k = self._encode(self.encoder_k, im_k)  # N x C, of the images that shuffling brought here
+            keys = concat_all_gather(k)[idx_unshuffle]  # N*world x C, in rank order
+            k = keys.chunk(_world_size())[_rank()]  # N x C, of our images
+
+        with torch.autocast(q.device.type, enabled=False):  # similarities keep their full precision
+            l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)  # N x 1
+            l_neg = q @ self.queue.clone()  # N x K; the queue changes before the backward pass reads it
+
+            epsilon = self.epsilon if epsilon is None else epsilon
+            outputs = [torch.cat([l_pos, l_neg], dim=1) / self.T]  # N x (1+K)
+            if epsilon is not None:
+                outputs.append(ifm_logits(l_pos, l_neg, epsilon, self.T))  # N x (1+K)
+
+        self._dequeue_and_enqueue(keys)
+
+        labels = torch.zeros(len(q), dtype=torch.long, device=q.device)  # N
+        return *outputs, labels
+
+    def _encode(self, encoder, images):
+        features = deinterleave(encoder(interleave(images, self.bn_splits)), self.bn_splits)  # N x C
+        return F.normalize(_at_least_float32(features), dim=1)
+
+    @torch.no_grad()
+    def _momentum_update_key_encoder(self):
+        # k*m + q*(1-m), rounded three times as upstream does: mul_().add_(q, alpha=1-m) would round twice.
+        keys, queries = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        torch._foreach_mul_(keys, self.m)
+        torch._foreach_add_(keys, torch._foreach_mul(queries, 1.0 - self.m))
+
+    @torch.no_grad()
+    def _batch_shuffle(self, images):
+        """Give each process N images of the whole batch, in an order drawn on rank 0, and the order that
+        undoes it.
+        """
+        everyone = concat_all_gather(images)  # N*world x ...
+        idx_shuffle = torch.randperm(len(everyone)).to(images.device)
+        if _world_size() > 1:
+            dist.broadcast(idx_shuffle, src=0)
+        ours = idx_shuffle.chunk(_world_size())[_rank()]
+        return everyone[ours], torch.argsort(idx_shuffle)
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, keys):
+        """First in, first out, around the end of the queue, whatever the number of keys."""
+        n = len(keys)
+        newest = keys[-self.K :]
+        steps = torch.arange(n - len(newest), n, device=keys.device)
+        self.queue.index_copy_(1, (self.queue_ptr + steps) % self.K, newest.T.to(self.queue.dtype))
+        self.queue_ptr.copy_((self.queue_ptr + n) % self.K)
+
+
+def ifm_logits(l_pos, l_neg, epsilon, T):
+    """InfoNCE logits of features that were moved by epsilon to make the instance task harder, in closed form.
+
+    The loss grows along -q for the positive and along q for a negative, so with |q| = 1 a step of length
+    epsilon lowers the positive's cosine by epsilon and raises every negative's (Robinson et al. 2021,
+    section 4). l_pos: N x 1, l_neg: N x K, cosines before the division by the temperature T. Returns N x
+    (1+K).
+    """
+    return torch.cat([l_pos - epsilon, l_neg + epsilon], dim=1) / T
+
+
+@torch.no_grad()
+def concat_all_gather(tensor):
+    """The tensors of all processes (equal shapes), concatenated over dimension 0 in rank order; without
+    gradient.
+    """
+    if _world_size() == 1:
+        return tensor
+    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(_world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return torch.cat(gathered)
+
+
+def _mlp_head(fc):
+    return nn.Sequential(nn.Linear(fc.in_features, fc.in_features), nn.ReLU(), fc)
+
+
+def _at_least_float32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank():
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,181 @@
+"""Checkpoint files: written whole or not at all, read without running what is in them."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from moco.errors import UserError
+from moco.files import atomic_file
+
+# What DistributedDataParallel and torch.compile put before or into the names of a model's tensors.
+WRAPPER_PREFIX = "module."
+COMPILE_MARK = "_orig_mod."
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a dict of tensors and plain values; `path` shows the old file or the whole new one, never a part.
+
+    Raises UserError when the disk is full or the folder cannot be written to.
+    """
+    try:
+        with atomic_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        raise UserError(
+            f"cannot write the checkpoint {path} ({_first_line(error)}); free space or choose another "
+            "--output-dir"
+        ) from error
+
+
+def read_checkpoint(path):
+    """Read a checkpoint of this program, of MoCo or of IFM as a dict with at least `state_dict`, tensors
+    on the CPU.
+
+    A file that holds a bare state_dict is accepted too. Names are without the wrapper's `module.`. Only
+    tensors and plain values are read (`weights_only=True`): a pickle that would call code is refused.
+    Raises UserError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    _refuse_compressed(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(_unreadable(path, error)) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({_first_line(error)}); "
+            "it is damaged or was not downloaded whole"
+        ) from error
+    checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
+    state = checkpoint["state_dict"]
+    if not (
+        isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values())
+    ):
+        raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
+    return {**checkpoint, "state_dict": plain_names(state)}
+
+
+def plain_names(state_dict):
+    """The same tensors without the marks of DistributedDataParallel and torch.compile in their names."""
+    return {
+        name.replace(COMPILE_MARK, "").removeprefix(WRAPPER_PREFIX): tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def encoder_state(checkpoint, path):
+    """The backbone's tensors by the names of the plain torchvision model, without its last layer `fc`.
+
+    `checkpoint` is what read_checkpoint returned for `path` (named in messages): of pre-training (the
+    query encoder is taken) or of linear evaluation. Raises UserError when it holds neither.
+    """
+    state = checkpoint["state_dict"]
+    query = {name.removeprefix("encoder_q."): t for name, t in state.items() if name.startswith("encoder_q.")}
+    backbone = {name: t for name, t in (query or state).items() if not name.startswith("fc.")}
+    if not backbone:
+        raise UserError(f"{path} holds no encoder: its tensors are {_some(state)}")
+    return backbone
+
+
+def check_arch(checkpoint, arch, path):
+    """Raise UserError when the checkpoint read from `path` says that it is of another arch."""
+    if checkpoint.get("arch", arch) != arch:
+        raise UserError(f"{path} is of -a {checkpoint['arch']}, not of -a {arch}")
+
+
+def continue_from(checkpoint, path, model, optimizer, epochs):
+    """Put the state of a checkpoint of the same program into `model` and `optimizer`. Returns the next epoch.
+
+    Raises UserError when it does not fit or has nothing left to do of `epochs`.
+    """
+    if not {"epoch", "optimizer"} <= checkpoint.keys():
+        raise UserError(f"{path} has no optimizer state, so no run can continue from it")
+    load_strictly(model, checkpoint["state_dict"], path)
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"the optimizer state in {path} is of another model ({_first_line(error)})"
+        ) from error
+    if checkpoint["epoch"] >= epochs:
+        raise UserError(f"{path} has finished {checkpoint['epoch']} epochs; raise --epochs to go on")
+    return checkpoint["epoch"]
+
+
+def load_strictly(model, state_dict, path, may_miss=()):
+    """Load `state_dict` into `model`, every tensor of one to one tensor of the other, except the names
+    `may_miss`.
+
+    Raises UserError that names what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - state_dict.keys() - set(may_miss))
+    unexpected = sorted(state_dict.keys() - own.keys())
+    other_shape = [
+        f"{name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} here"
+        for name, tensor in state_dict.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    wrong = [
+        f"{what} {_some(names)}"
+        for what, names in (
+            ("it lacks", missing),
+            ("it has in addition", unexpected),
+            ("shapes differ:", other_shape),
+        )
+        if names
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit this model: {'; '.join(wrong)}. Check --arch, --moco-dim, --moco-k "
+            "and --mlp against those of the checkpoint"
+        )
+    model.load_state_dict(state_dict, strict=not may_miss)
+
+
+def _refuse_compressed(path):
+    # torch writes its zip entries uncompressed; a compressed one could unpack to any size.
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} cannot be read as a checkpoint ({error}); it is damaged") from error
+    if packed:
+        raise UserError(
+            f"{path} is a compressed archive, which torch never writes; refused: it could be a zip bomb"
+        )
+
+
+def _unreadable(path, error):
+    """What is wrong with a file that the restricted unpickler refused (torch's own message advises to
+    switch it off).
+    """
+    with open(path, "rb") as file:
+        head = file.read(512).lstrip().lower()
+    if not head:
+        return f"{path} is empty; copy or download it again"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} is a web page, not a checkpoint; open it to read what the server answered"
+    for line in str(error).splitlines():
+        if "Unsupported" in line or "GLOBAL" in line:
+            return (
+                f"{path} holds more than tensors and plain values, so reading it could run code; "
+                f"refused ({line.strip()[:160]})"
+            )
+    return f"{path} is not a checkpoint that torch can read, or it is damaged"
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _some(names, most=3):
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,46 @@
+"""The networks that can be encoders: torchvision's classification models that end in a Linear layer `fc`."""
+
+import difflib
+from functools import partial
+
+import torch
+from torch import nn
+from torchvision import models
+
+from moco.errors import UserError
+
+# These two would return a tuple in training, with the output of auxiliary classifiers.
+WITH_AUXILIARY_HEADS = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def base_encoder(arch):
+    """A callable `(num_classes) -> network` with random weights for the torchvision name `arch`.
+
+    Raises UserError when torchvision has no such model or it does not end in a Linear `fc`.
+    """
+    known = models.list_models(module=models)
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, n=1)
+        hint = f"did you mean {near[0]}" if near else "for example resnet18 or resnet50"
+        raise UserError(f"torchvision has no classification model {arch!r}; {hint}?")
+    construct = partial(models.get_model, arch, weights=None, **WITH_AUXILIARY_HEADS.get(arch, {}))
+    probe = _skeleton(construct)
+    if not isinstance(getattr(probe, "fc", None), nn.Linear):
+        raise UserError(
+            f"{arch} has no last layer `fc` for the MoCo head to replace; choose a resnet, resnext, "
+            "wide_resnet, regnet, shufflenet_v2, googlenet or inception_v3"
+        )
+    return construct
+
+
+def _skeleton(construct):
+    """The network without memory for weights, or with it where its construction computes (regnet)."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return construct(num_classes=1)
+        except NotImplementedError:
+            return construct(num_classes=1)

@@ -1,0 +1,89 @@
+"""Running means that stay on the device until they are printed, and the console lines that show them."""
+
+import math
+import time
+
+import torch
+
+from moco.errors import UserError
+from moco.progress import duration
+
+
+class Meter:
+    """The newest value and the mean of a quantity. Tensors are added without waiting for the device."""
+
+    def __init__(self, name, spec):
+        self.name, self.spec = name, spec
+        self.newest = self.total = 0.0
+        self.count = 0
+
+    def update(self, value, n=1):
+        """Add the mean `value` (number or 0-dimensional tensor) of n items."""
+        self.newest = value.detach() if isinstance(value, torch.Tensor) else value
+        self.total = self.total + self.newest * n
+        self.count += n
+
+    @property
+    def mean(self):
+        """The mean of all items as a float (this waits for the device)."""
+        return float(self.total) / max(self.count, 1)
+
+    def __str__(self):
+        return f"{self.name} {float(self.newest):{self.spec}} ({self.mean:{self.spec}})"
+
+
+class StepLog:
+    """Time, waiting for data, loss and accuracies of the steps of one pass over a loader, shown as
+    upstream shows them.
+
+    `for batch in log.steps(): ...; log.update(loss, logits, labels)` prints `Epoch: [0][ 10/247]`, the
+    meters and the time left, separated by tabs, every `print_freq` steps (0: never).
+    """
+
+    def __init__(self, head, loader, print_freq):
+        self.head, self.loader, self.print_freq = head, loader, print_freq
+        self.seconds, self.waiting = Meter("Time", "6.3f"), Meter("Data", "6.3f")
+        self.loss = Meter("Loss", ".4e")
+        self.top1, self.top5 = Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
+
+    def steps(self):
+        """The loader's batches; the time until each is there is metered."""
+        self.step_began = time.perf_counter()
+        for step, batch in enumerate(self.loader):
+            self.waiting.update(time.perf_counter() - self.step_began)
+            yield batch
+            self.seconds.update(time.perf_counter() - self.step_began)
+            self.step_began = time.perf_counter()
+            if self.print_freq and step % self.print_freq == 0:
+                print(self._line(step), flush=True)
+
+    def update(self, loss, logits, labels):
+        """Meter the mean loss (0-dim. tensor) and the accuracy of N x classes logits for N labels (int64)."""
+        self.loss.update(loss, len(labels))
+        for meter, percent in zip((self.top1, self.top5), accuracy(logits, labels), strict=True):
+            meter.update(percent, len(labels))
+
+    def _line(self, step):
+        width = len(str(len(self.loader)))
+        left = duration(self.seconds.mean * (len(self.loader) - step - 1))
+        meters = map(str, (self.seconds, self.waiting, self.loss, self.top1, self.top5))
+        return "\t".join([f"{self.head}[{step:{width}d}/{len(self.loader)}]", *meters, f"{left} left"])
+
+
+@torch.no_grad()
+def accuracy(logits, labels, topk=(1, 5)):
+    """Percentages of the N rows whose label (N, int64) is among the k largest logits (N x classes),
+    0-dim. tensors.
+
+    With fewer classes than k every row counts as right.
+    """
+    largest = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # N x k
+    hits = largest == labels[:, None]
+    return [hits[:, :k].any(dim=1).float().mean() * 100 for k in topk]
+
+
+def check_finite(loss, epoch, optimizer):
+    """Raise UserError when the mean loss of an epoch is not a number or infinite."""
+    if not math.isfinite(loss):
+        lr = optimizer.param_groups[0]["lr"]
+        raise UserError(f"the loss of epoch {epoch} is {loss} at lr {lr:g}; start again with a lower --lr")

@@ -1,0 +1,155 @@
+"""The flags that both programs share, and the checks on them that need no data."""
+
+import argparse
+from pathlib import Path
+
+from moco import trifeature
+from moco.errors import UserError
+
+
+def shared_parser(description, *, epochs, lr, schedule, weight_decay):
+    """A parser with the flags of both programs; the keywords are the defaults in which they differ."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        help="data set with train/ and val/ (or --dataset_root and --dataset)",
+    )
+    data.add_argument(
+        "--dataset-root", "--dataset_root", metavar="ROOT", help="folder that holds the data set --dataset"
+    )
+    data.add_argument(
+        "--dataset",
+        default="imagenet100",
+        help="its name; trifeature is drawn when missing (default: %(default)s)",
+    )
+    data.add_argument(
+        "--image-size", type=int, default=224, metavar="S", help="side of a view (default: %(default)s)"
+    )
+    data.add_argument(
+        "-j", "--workers", type=int, metavar="N", help="loader processes of this node (default: its cores)"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "-a",
+        "--arch",
+        default="resnet50",
+        help="torchvision model with a last layer fc (default: %(default)s)",
+    )
+    training.add_argument("--epochs", type=int, default=epochs, metavar="N", help="(default: %(default)s)")
+    training.add_argument(
+        "--start-epoch", type=int, default=0, metavar="N", help="first epoch (default: %(default)s)"
+    )
+    training.add_argument(
+        "-b",
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images of this node a step (default: %(default)s)",
+    )
+    training.add_argument(
+        "--schedule",
+        type=int,
+        nargs="*",
+        default=schedule,
+        metavar="EPOCH",
+        help="lr x 0.1 at each (default: %(default)s)",
+    )
+    training.add_argument(
+        "--momentum", type=float, default=0.9, metavar="M", help="of SGD (default: %(default)s)"
+    )
+    training.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=float, default=weight_decay, metavar="W",
+        help="(default: %(default)s)",
+    )  # fmt: skip
+    training.add_argument(
+        "--lr", "--learning-rate", dest="lr", type=float, default=lr, metavar="LR",
+        help="(default: %(default)s)",
+    )  # fmt: skip
+    training.add_argument(
+        "--seed", type=int, metavar="N", help="same seed, same run (default: drawn and printed)"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir", default=".", metavar="DIR", help="for all files written (default: here)")
+    run.add_argument(
+        "--resume", default="", metavar="CKPT", help="continue from this checkpoint of the program"
+    )
+    run.add_argument(
+        "-p", "--print-freq", type=int, default=10, metavar="N", help="steps (default: %(default)s)"
+    )
+
+    processes = parser.add_argument_group(
+        "processes (none of these for one process; torchrun sets them itself)"
+    )
+    processes.add_argument(
+        "--multiprocessing-distributed", action="store_true", help="start one process per GPU of this node"
+    )
+    processes.add_argument("--world-size", type=int, default=-1, metavar="N", help="number of nodes")
+    processes.add_argument(
+        "--rank", type=int, default=-1, metavar="R", help="place of this node among them, from 0"
+    )
+    processes.add_argument(
+        "--dist-url", metavar="URL", help="where they meet, as tcp://HOST:PORT (default: a free port)"
+    )
+    processes.add_argument("--dist-backend", metavar="NAME", help="(default: nccl on GPUs, gloo without)")
+    processes.add_argument("--gpu", type=int, metavar="N", help="use this GPU alone")
+    return parser
+
+
+def check_shared(args):
+    """Raise UserError for a value of a shared flag that cannot work."""
+    for name in ("epochs", "batch_size", "print_freq"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ("start_epoch", "momentum", "weight_decay"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    if args.lr <= 0:
+        raise UserError(f"--lr must be above 0, not {args.lr}")
+    if args.image_size < 8:
+        raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers must be 0 (load in the training process) or more, not {args.workers}")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    if args.resume and not Path(args.resume).is_file():
+        raise UserError(f"--resume: there is no file {args.resume}; to start anew leave the flag out")
+
+
+def data_folder(args):
+    """The folder that holds train/ and val/, from DIR or --dataset_root and --dataset. Raises UserError."""
+    if args.folder and args.dataset_root:
+        raise UserError("give either DIR or --dataset_root, not both")
+    if args.folder:
+        return Path(args.folder)
+    if args.dataset_root is None and args.dataset != "trifeature":
+        raise UserError(
+            f"where are the images? Give a folder with train/ and val/, or --dataset_root ROOT for "
+            f"ROOT/{args.dataset}, or --dataset trifeature, which needs no download"
+        )
+    folder = Path(args.dataset_root or "data") / args.dataset
+    if args.dataset == "trifeature":
+        trifeature.ensure(folder)
+    return folder
+
+
+def check_output(folder):
+    """Make the output folder and try whether files can be written there. Raises UserError."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{id(path)}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --output-dir {folder} ({error.strerror}); choose another folder"
+        ) from error

@@ -1,0 +1,31 @@
+"""Randomness as a function of position: every draw derives from the run's seed and from where it is used.
+
+So a run gives the same samples whatever the number of workers, and continues after a stop as if it had
+not stopped.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+
+# What a seed is for; folded in first, so that no two uses share a stream.
+ORDER, SAMPLE, STEP = range(3)
+
+
+def fold(seed, *position):
+    """A 63-bit seed for `position` (non-negative ints) of the run `seed`, mixed by numpy's SeedSequence."""
+    return int(np.random.SeedSequence((seed, *position)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Within the block torch's CPU generator starts from `seed`; afterwards it is where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def seed_from_system():
+    """A seed that nobody chose, for runs without --seed: 31 bits, short enough to be typed."""
+    return int(np.random.SeedSequence().generate_state(1, np.uint32)[0] >> np.uint32(1))

@@ -1,0 +1,65 @@
+"""Run functions in several processes that talk over gloo, forked so that torch is imported only once."""
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)  # two cores: the ranks of a test are its parallelism
+
+
+def _rank_main(function, rank, world, folder, arguments, results):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        results.put((rank, True, function(rank, world, *arguments)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+@pytest.fixture
+def run_ranks():
+    """`run_ranks(world, function, *arguments)`: the results of function(rank, world, *arguments), by rank."""
+
+    def run(world, function, *arguments, timeout=120):
+        context = multiprocessing.get_context("fork")
+        results = context.SimpleQueue()
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = [
+                context.Process(
+                    target=_rank_main, args=(function, r, world, folder, arguments, results), daemon=True
+                )
+                for r in range(world)
+            ]
+            for process in ranks:
+                process.start()
+            gathered = {}
+            for _ in ranks:
+                if not results._reader.poll(timeout):
+                    break
+                rank, fine, value = results.get()
+                assert fine, f"rank {rank}:\n{value}"
+                gathered[rank] = value
+            for process in ranks:
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+        assert len(gathered) == world, "a rank did not answer in time"
+        return [gathered[r] for r in range(world)]
+
+    return run
+
+
+@pytest.fixture
+def free_port():
+    """A TCP port on 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
