@@ -98,9 +98,6 @@ def evaluate_features(process, args, folder):
     model.fc.requires_grad_(True)
     if args.pretrained:
         load_strictly(model, encoder_state(checkpoint, source), source, may_miss=("fc.weight", "fc.bias"))
-    frozen = {
-        name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("fc.")
-    }
     model = wrap(model.to(process.device), process)
     optimizer = torch.optim.SGD(
         model.module.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -109,6 +106,8 @@ def evaluate_features(process, args, folder):
     if args.resume:
         start_epoch = continue_from(checkpoint, args.resume, model.module, optimizer, args.epochs)
         best_acc1 = float(checkpoint.get("best_acc1", 0.0))
+
+    frozen = {name: t.clone() for name, t in model.module.state_dict().items() if not name.startswith("fc.")}
 
     say(f"{len(train)} training and {len(val)} validation images of {folder}, {classes} classes; seed {seed}")
     say(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
@@ -181,7 +180,7 @@ def validate(args, process, loader, model):
 def check_frozen(model, frozen):
     """Raise RuntimeError when a tensor of the backbone is not what it was before training."""
     state = model.state_dict()
-    moved = [name for name, tensor in frozen.items() if not torch.equal(state[name].cpu(), tensor)]
+    moved = [name for name, tensor in frozen.items() if not torch.equal(state[name], tensor)]
     if moved:
         raise RuntimeError(f"training the classifier changed frozen tensors: {', '.join(moved[:3])}")
 

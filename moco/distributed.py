@@ -197,7 +197,7 @@ def _spawned(index, worker, arguments, url, backend, ranks, messages):
     try:
         _run(worker, arguments, url, backend, None)
     except UserError as error:
-        messages.put(str(error))
+        messages.put(error.sentence)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -5,19 +5,21 @@ import sys
 
 
 class UserError(Exception):
-    """Something that the person who started the program can put right. Its message is a sentence that
-    says how.
-    """
+    """Something that the user can put right; its message is a sentence that says how."""
+
+    @property
+    def sentence(self):
+        """The message alone: a DataLoader puts the traceback of its worker before it."""
+        last_line = str(self).strip().splitlines()[-1]
+        return last_line.removeprefix("moco.errors.UserError: ")
 
 
 def run_program(main):
-    """Call `main()` and exit. A UserError becomes one sentence (exit code 2), Ctrl-C ends quietly (exit
-    code 130).
-    """
+    """Call `main()`. A UserError becomes one sentence (exit code 2), Ctrl-C ends quietly (exit code 130)."""
     try:
         main()
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: error: {error.sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)

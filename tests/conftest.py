@@ -3,12 +3,17 @@
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import traceback
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
+
+from moco.errors import run_program
 
 torch.set_num_threads(1)  # two cores: the ranks of a test are its parallelism
 
@@ -63,3 +68,39 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A small data set that nobody may change: 3 classes of 8 training and 3 validation images, 40 x 30."""
+    root = tmp_path_factory.mktemp("images")
+    make_folders(root)
+    return root
+
+
+def make_folders(root, classes=("ant", "bee", "cat"), train=8, val=3):
+    """Write random JPEG files to root/train and root/val."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((40, 30)).save(root / split / name / f"{i}.jpg")
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """`cli(main, *words)`: run a program's main() with a command line; (exit code, output, errors)."""
+
+    def run(main, *words):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+        code = 0
+        try:
+            run_program(main)
+        except SystemExit as end:
+            code = end.code
+        output, errors = capsys.readouterr()
+        return code, output, errors
+
+    return run
