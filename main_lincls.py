@@ -39,7 +39,7 @@ def parse_args():
         "--pretrained",
         default="",
         metavar="CKPT",
-        help="checkpoint of either program (default: random features)",
+        help="checkpoint or released model (default: untrained)",
     )
     linear.add_argument(
         "-e", "--evaluate", action="store_true", help="only validate the classifier of --resume"

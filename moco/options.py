@@ -137,7 +137,7 @@ def data_folder(args):
         )
     folder = Path(args.dataset_root or "data") / args.dataset
     if args.dataset == "trifeature":
-        trifeature.ensure(folder)
+        trifeature.ensure(folder, size=64, renders=4)  # 4,000 images, some seconds
     return folder
 
 

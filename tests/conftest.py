@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from command_lines import MOCO, program
 from PIL import Image
 
 from moco.errors import run_program
@@ -104,3 +105,24 @@ def cli(capsys, monkeypatch):
         return code, output, errors
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pretrained(folders, tmp_path_factory):
+    """Output and folder of a finished IFM pre-training run of two epochs in one process."""
+    out = tmp_path_factory.mktemp("run")
+    words = [
+        *MOCO,
+        "--epochs",
+        "2",
+        "--method",
+        "ifm",
+        "--bn-splits",
+        "2",
+        "--output-dir",
+        str(out),
+        str(folders),
+    ]
+    run = program("main_moco.py", *words)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, out

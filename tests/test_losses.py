@@ -23,7 +23,7 @@ def features(seed=0):
 
 
 def loops(q, k, queue, T, shift):
-    """InfoNCE, the cosine of the positive lowered and of the negatives raised by `shift`: loss and gradient."""
+    """InfoNCE with the positive's cosine lowered by `shift`, the negatives' raised: loss and gradient."""
     total, gradient = 0.0, [[0.0] * C for _ in range(N)]
     for i in range(N):
         others = [k[i].tolist()] + [queue[:, j].tolist() for j in range(K)]
