@@ -1,0 +1,176 @@
+"""The query encoder of a checkpoint, without its head, in the form that other libraries load.
+
+python -m moco.export checkpoint_0199.pth.tar backbone.pth --to timm
+python -m moco.export ifm-eps0.1 backbone.pkl --to detectron2
+"""
+
+import argparse
+import copyreg
+import os
+import pickle
+from pathlib import Path
+
+from moco.errors import UserError, run_program
+from moco.files import atomic_file
+
+SUFFIXES = {  # what the libraries tell the formats apart by
+    "torchvision": (".pth", ".pt"),
+    "timm": (".pth", ".pt"),
+    "detectron2": (".pkl",),
+    "safetensors": (".safetensors",),
+}
+RESNETS = ("resnet", "resnext", "wide_resnet")  # those that timm and Detectron2 build like torchvision
+HOW_TO_LOAD = {
+    "torchvision": "model = torchvision.models.{arch}(); model.fc = torch.nn.Identity()\n"
+    'model.load_state_dict(torch.load("{out}", weights_only=True))',
+    "timm": 'model = timm.create_model("{arch}", num_classes=0, checkpoint_path="{out}")',
+    "detectron2": "MODEL.WEIGHTS {out} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB\n"
+    "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]",
+    "safetensors": "model = torchvision.models.{arch}(); model.fc = torch.nn.Identity()\n"
+    'model.load_state_dict(safetensors.torch.load_file("{out}"))',
+}
+
+
+def export(checkpoint, out, to, arch=None, force=False):
+    """Write the backbone of `checkpoint` (a path or a released model's name) to the file `out`.
+
+    `to` is a key of SUFFIXES; `arch` is torchvision's name, None for what the checkpoint says. Returns
+    (arch, number of tensors). Every tensor of the backbone is written with its dtype, under torchvision's and
+    timm's names, which are the same, or under Detectron2's. Raises UserError.
+    """
+    out = Path(out)
+    _check_target(out, to, force)
+
+    from moco.zoo import resolve
+
+    path = resolve(checkpoint)  # a wrong name is answered before torch is imported, which takes seconds
+
+    from moco.checkpoint import encoder_state, read_checkpoint
+
+    content = read_checkpoint(path)
+    arch = arch or content.get("arch")
+    if not isinstance(arch, str):
+        raise UserError(f"{path} does not say which network it holds: name it with --arch, such as resnet50")
+    state = encoder_state(content, path)
+    _check_fits(arch, state, path)
+    if to in ("timm", "detectron2") and not arch.startswith(RESNETS):
+        raise UserError(f"{to} has no {arch} of torchvision's structure: export it --to torchvision")
+    # Copies, since a tensor may be a view of a larger one or in channels_last order.
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
+    try:
+        with atomic_file(out) as temporary:
+            if to == "detectron2":
+                _write_detectron2(state, temporary)
+            elif to == "safetensors":
+                epoch = content.get("epoch", "unknown")
+                _write_safetensors(state, temporary, arch=arch, epoch=str(epoch), source=path.name)
+            else:
+                _write_torch(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(f"cannot write {out} ({getattr(error, 'strerror', None) or error})") from error
+    return arch, len(state)
+
+
+def detectron2_name(name):
+    """Detectron2's name for a tensor of torchvision's ResNet.
+
+    The rules are those of MoCo's published detection/convert-pretrain-to-detectron2.py: conv1 -> stem.conv1,
+    layerN -> res(N+1), bnN -> convN.norm, downsample.0 and .1 -> shortcut and shortcut.norm.
+    """
+    parts = name.split(".")
+    if parts[0].startswith("layer"):
+        parts[0] = f"res{int(parts[0][-1]) + 1}"
+    else:
+        parts.insert(0, "stem")
+    name = ".".join(f"conv{part[-1]}.norm" if part.startswith("bn") else part for part in parts)
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
+def _check_target(out, to, force):
+    if not out.name.endswith(SUFFIXES[to]):
+        raise UserError(f"{out} must end in {' or '.join(SUFFIXES[to])}, by which {to} files are recognised")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} does not exist: make it or name another")
+    if out.is_dir() or (os.path.lexists(out) and not force):
+        raise UserError(f"{out} exists already: name another file, or replace it with --force")
+    if to == "safetensors":
+        _safetensors()
+
+
+def _check_fits(arch, state, path):
+    """Names and shapes against torchvision's own network, without memory for its weights."""
+    import torch
+
+    from moco.checkpoint import load_strictly
+    from moco.encoders import base_encoder
+
+    construct = base_encoder(arch)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = construct(num_classes=1)
+    model.fc = torch.nn.Identity()
+    try:
+        load_strictly(model, {name: tensor.to("meta") for name, tensor in state.items()}, path)
+    except UserError as error:
+        raise UserError(f"as a {arch}, {error}") from error
+
+
+def _write_torch(state, path):
+    import torch
+
+    with open(path, "wb") as file:
+        torch.save(state, file)
+
+
+def _write_detectron2(state, path):
+    import numpy
+
+    # NumPy 2 pickles arrays under a module name that NumPy 1, common beside Detectron2, does not have.
+    table = copyreg.dispatch_table.copy()
+    table[numpy.ndarray] = lambda a: (numpy.ndarray, (a.shape, a.dtype.str, bytearray(a.tobytes())))
+    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
+    with open(path, "wb") as file:
+        pickler = pickle.Pickler(file, protocol=4)
+        pickler.dispatch_table = table
+        pickler.dump({"model": arrays, "__author__": "MOCO", "matching_heuristics": True})
+
+
+def _write_safetensors(state, path, **metadata):
+    Path(path).write_bytes(_safetensors().save(state, metadata={"format": "pt", **metadata}))
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError("safetensors is not installed: `pip install safetensors`") from error
+    return safetensors.torch
+
+
+def main(arguments=None):
+    """The command line; `arguments` as in sys.argv[1:]."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moco.export",
+        description="Write the backbone of a checkpoint, its query encoder without the head, "
+        "in the form that another library loads.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="file of this program, of MoCo or of IFM, or a released model's name (python -m moco.zoo list)",
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help="file to write: .pth, .pkl for detectron2, or .safetensors"
+    )
+    parser.add_argument("--to", required=True, choices=SUFFIXES, help="the library that is to load it")
+    parser.add_argument(
+        "-a", "--arch", help="torchvision's name of the network (default: what the checkpoint says)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args(arguments)
+    arch, tensors = export(args.checkpoint, args.out, args.to, args.arch, args.force)
+    print(f"{args.out}: the {tensors} tensors of a {arch} backbone; load it in {args.to} with")
+    print(HOW_TO_LOAD[args.to].format(arch=arch, out=args.out))
+
+
+if __name__ == "__main__":
+    run_program(main)
