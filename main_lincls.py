@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from moco import trifeature
+from moco import trifeature, zoo
 from moco.checkpoint import (
     check_arch,
     continue_from,
@@ -59,10 +59,8 @@ def main():
         raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
     if args.pretrained and args.resume:
         raise UserError("--resume holds the features too; leave out --pretrained")
-    if args.pretrained and not Path(args.pretrained).is_file():
-        raise UserError(
-            f"--pretrained: there is no file {args.pretrained}; without the flag, features are random"
-        )
+    if args.pretrained:
+        args.pretrained = str(zoo.resolve(args.pretrained))
     base_encoder(args.arch)
     check_output(args.output_dir)
     folder = data_folder(args)
