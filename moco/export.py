@@ -36,7 +36,8 @@ def export(checkpoint, out, to, arch=None, force=False):
 
     `to` is a key of SUFFIXES; `arch` is torchvision's name, None for what the checkpoint says. Returns
     (arch, number of tensors). Every tensor of the backbone is written with its dtype, under torchvision's and
-    timm's names, which are the same, or under Detectron2's. Raises UserError.
+    timm's names, which are the same, or under Detectron2's (there bfloat16, which NumPy lacks, as float32).
+    Raises UserError.
     """
     out = Path(out)
     _check_target(out, to, force)
@@ -44,6 +45,9 @@ def export(checkpoint, out, to, arch=None, force=False):
     from moco.zoo import resolve
 
     path = resolve(checkpoint)  # a wrong name is answered before torch is imported, which takes seconds
+
+    if os.path.exists(out) and os.path.samefile(out, path):
+        raise UserError(f"{out} is the checkpoint itself, which the export would replace: name another file")
 
     from moco.checkpoint import encoder_state, read_checkpoint
 
@@ -89,9 +93,9 @@ def detectron2_name(name):
 def _check_target(out, to, force):
     if not out.name.endswith(SUFFIXES[to]):
         raise UserError(f"{out} must end in {' or '.join(SUFFIXES[to])}, by which {to} files are recognised")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise UserError(f"the folder {out.parent} does not exist: make it or name another")
-    if out.is_dir() or (os.path.lexists(out) and not force):
+    if os.path.isdir(out) or (os.path.lexists(out) and not force):
         raise UserError(f"{out} exists already: name another file, or replace it with --force")
     if to == "safetensors":
         _safetensors()
@@ -123,11 +127,15 @@ def _write_torch(state, path):
 
 def _write_detectron2(state, path):
     import numpy
+    import torch
 
     # NumPy 2 pickles arrays under a module name that NumPy 1, common beside Detectron2, does not have.
     table = copyreg.dispatch_table.copy()
     table[numpy.ndarray] = lambda a: (numpy.ndarray, (a.shape, a.dtype.str, bytearray(a.tobytes())))
-    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
+    arrays = {
+        detectron2_name(name): (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in state.items()
+    }
     with open(path, "wb") as file:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.dispatch_table = table

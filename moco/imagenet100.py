@@ -8,16 +8,20 @@ done in OUT.part, which the same command continues after an interruption; at the
 """
 
 import argparse
-import os
-import shutil
 import tarfile
-import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 from moco.errors import UserError, run_program
-from moco.files import fsync_path, sha256
-from moco.imagenet_source import find_source, find_val_labels, images, is_image, needs_labels, read_val_labels
+from moco.files import sha256
+from moco.imagenet_source import (
+    find_source,
+    find_val_labels,
+    image_files,
+    images,
+    needs_labels,
+    read_val_labels,
+)
+from moco.imagenet_target import AGAIN, alone, check_target, fill, link_class_folders, put_in_place
 from moco.progress import Progress
 
 CLASS_LIST = Path(__file__).with_name("imagenet100.txt")
@@ -30,7 +34,6 @@ MD5 = {  # of the published tar files
     "train": "1d675b47d978889d74fa0da5fadfb00e",
     "val": "29b22e2961454d5413ddabcf34fc5622",
 }
-AGAIN = "run the same command again, and it continues"
 
 
 def read_classes(path=CLASS_LIST, digest=CLASS_LIST_SHA256):
@@ -63,10 +66,13 @@ def make(places, out, copy=False, force=False, val_labels=None, classes=None, ex
         for split, source in sources.items():
             if source.is_dir() and labels[split] is None:
                 check_counts(split, source, count_images(source, classes), classes, *expected[split])
-        for split, source in sources.items():
-            fill_split(split, source, part / split, classes, labels[split], copy, expected[split])
-        counts = {split: sum(count_images(part / split, classes).values()) for split in sources}
-        put_in_place(part, out)
+        with alone(part):
+            check_target(out, part, sources.values(), classes, force)  # perhaps another process made it
+            counts = {
+                split: fill_split(split, source, part / split, classes, labels[split], copy, expected[split])
+                for split, source in sources.items()
+            }
+            put_in_place(part, out)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; when that is put right, {AGAIN}"
@@ -74,32 +80,10 @@ def make(places, out, copy=False, force=False, val_labels=None, classes=None, ex
     return counts
 
 
-def check_target(out, part, sources, classes, force):
-    """Refuse, before anything is written, to replace what this program did not make or has to read."""
-    if out.is_mount():
-        raise UserError(f"{out} is a mount point, which cannot be replaced: name a new folder in it")
-    for source in sources:
-        if source == out or out in source.parents or source in out.parents:
-            raise UserError(f"{out} and {source}, which is read, lie in each other: name a folder outside")
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        if not force:
-            raise UserError(f"{out} exists already: name another folder, or replace it with --force")
-        if not holds_only(out, classes):
-            raise UserError(f"{out} holds more than ImageNet-100's train/ and val/: remove it yourself")
-    if os.path.lexists(part) and not holds_only(part, classes):
-        raise UserError(f"{part} is in the way and is not the beginning of {out.name}: move it elsewhere")
-
-
-def holds_only(folder, classes):
-    """Whether `folder` holds nothing but train/ and val/ with folders of `classes` in them."""
-    splits = list(folder.iterdir()) if folder.is_dir() else [folder]
-    return all(path.name in ("train", "val") and path.is_dir() for path in splits) and all(
-        name in classes for path in splits for name in os.listdir(path)
-    )
-
-
 def fill_split(split, source, folder, classes, labels, copy, expected):
-    """Fill `folder` with one split from `source`, whichever form that has, and check the counts."""
+    """Fill `folder` with one split from `source`, whichever form that has, and check the counts. Returns
+    the number of images.
+    """
     if source.is_dir() and labels is None and not copy:
         link_class_folders(source, folder, classes)
     else:
@@ -111,14 +95,14 @@ def fill_split(split, source, folder, classes, labels, copy, expected):
                 f"{source} is damaged or cut off ({error}): the MD5 of the published file is {MD5[split]}; "
                 f"fetch it again, {AGAIN}"
             ) from error
-    check_counts(split, source, count_images(folder, classes), classes, *expected)
+    counts = count_images(folder, classes)
+    check_counts(split, source, counts, classes, *expected)
+    return sum(counts.values())
 
 
 def count_images(folder, classes):
     """{wnid: number of images}, through links; a class that has no folder is not in it."""
-    return {
-        wnid: sum(map(is_image, os.listdir(folder / wnid))) for wnid in classes if (folder / wnid).is_dir()
-    }
+    return {wnid: len(image_files(folder / wnid)) for wnid in classes if (folder / wnid).is_dir()}
 
 
 def check_counts(split, source, counts, classes, total, per_class):
@@ -141,70 +125,6 @@ def check_counts(split, source, counts, classes, total, per_class):
     raise UserError(
         f"{source} has {found:,} of the {total:,} {split} images that are needed; {'; '.join(faults)}"
     )
-
-
-def link_class_folders(source, folder, classes):
-    """Make `folder`/wnid a link to `source`/wnid for every class."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for wnid in classes:
-        target = folder / wnid
-        if target.is_symlink():
-            target.unlink()
-        elif target.exists():
-            shutil.rmtree(target)
-        target.symlink_to(source / wnid, target_is_directory=True)
-
-
-def fill(folder, classes, images, copy, progress):
-    """Put `images` into `folder`/wnid/ as links or, with `copy` and out of a tar file, as copies.
-
-    What lies there already with the right size stays, what does not belong there goes.
-    """
-    for wnid in classes:
-        if (folder / wnid).is_symlink():  # of a run without --copy: to write through it would change ImageNet
-            (folder / wnid).unlink()
-        (folder / wnid).mkdir(parents=True, exist_ok=True)
-    wanted = defaultdict(set)
-    for image in images:
-        wanted[image.wnid].add(image.name)
-        target = folder / image.wnid / image.name
-        link_to = None if copy or image.path is None else str(image.path)
-        if is_there(target, image.size, link_to):
-            progress.skip(1)
-            continue
-        target.unlink(missing_ok=True)
-        if link_to:
-            target.symlink_to(link_to)
-        else:
-            with image.open() as source, open(target, "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-        progress.update()
-    for wnid in classes:
-        for name in set(os.listdir(folder / wnid)) - wanted[wnid]:
-            (folder / wnid / name).unlink()
-
-
-def is_there(target, size, link_to):
-    """Whether `target` is the wanted link, or (`link_to` None) a file of `size` bytes."""
-    if link_to or target.is_symlink():
-        return target.is_symlink() and os.readlink(target) == link_to
-    return target.is_file() and target.stat().st_size == size
-
-
-def put_in_place(part, out):
-    """Rename `part` to `out`. An earlier `out` is deleted only when the new one stands in its place."""
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent)) / out.name
-    try:
-        if out.exists():
-            os.rename(out, old)
-        os.rename(part, out)
-        fsync_path(out.parent)
-    except BaseException:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        raise
-    finally:
-        shutil.rmtree(old.parent)
 
 
 def parse_arguments():

@@ -41,6 +41,22 @@ def is_image(name):
     return name.lower().endswith((".jpeg", ".jpg", ".png"))
 
 
+def image_files(folder):
+    """The paths of the images in `folder`, sorted. Raises UserError when one cannot be an image."""
+    paths, broken = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_image(entry.name):
+                sound = entry.is_file() and entry.stat().st_size > 0  # through links
+                (paths if sound else broken).append(Path(entry.path))
+    if broken:
+        raise UserError(
+            f"{len(broken):,} of {len(paths) + len(broken):,} images in {folder} are empty, folders or links "
+            f"to nothing, such as {min(broken).name}: restore the originals"
+        )
+    return sorted(paths)
+
+
 def find_source(split, places):
     """The folder or tar file of "train" or "val" in `places`: folders, or the tar files themselves."""
     archive = f"ILSVRC2012_img_{split}.tar"
@@ -74,7 +90,7 @@ def images(source, classes, labels):
     if labels is None:
         yield from _class_folders(source, classes) if source.is_dir() else _train_tar(source, classes)
     elif source.is_dir():
-        paths = [path for path in sorted(source.iterdir()) if is_image(path.name)]
+        paths = image_files(source)
         for path, wnid in _with_class(paths, paths, classes, labels):
             yield _file(path, wnid)
     else:
@@ -87,9 +103,8 @@ def images(source, classes, labels):
 
 def _class_folders(folder, classes):
     for wnid in classes:
-        for path in sorted((folder / wnid).iterdir()):
-            if is_image(path.name):
-                yield _file(path, wnid)
+        for path in image_files(folder / wnid):
+            yield _file(path, wnid)
 
 
 def _train_tar(path, classes):

@@ -17,6 +17,7 @@ import html.parser
 import http.client
 import re
 import ssl
+import string
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -39,8 +40,68 @@ class RangeError(BrokenError):
 
 
 def new_opener():
-    """What sends the requests of one download: it follows redirects and keeps the server's cookies."""
-    return urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    """What sends the requests of one download: it follows redirects and keeps the server's cookies.
+
+    build_opener would add handlers that open files of this machine (file:), data: and ftp: addresses too.
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPCookieProcessor,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        _Redirects,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Says which address it does not go to; the one of urllib ends in a ValueError or follows to ftp:."""
+
+    def http_error_302(self, request, response, code, message, headers):
+        target = headers.get("Location") or headers.get("URI") or ""
+        quoted = urllib.parse.quote(target, string.punctuation, "iso-8859-1")  # as the inherited method does
+        try:
+            _join(request.full_url, quoted)
+        except RefusedError:
+            response.close()
+            raise
+        return super().http_error_302(request, response, code, message, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def address_fault(url):
+    """What keeps `url` from being an address of the web that can be asked; None when nothing does."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port  # the port is looked at only when it is asked for
+    except ValueError as error:
+        return str(error)
+    if not url.lower().startswith(("http://", "https://")):
+        return "it is not one that starts with http:// or https://"
+    if not host:
+        return "it names no host"
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return "it holds spaces or letters other than ASCII, which have to be written as %20, %C3%A9 ..."
+    return None
+
+
+def _join(url, target):
+    """The address that a page or an answer from `url` sends us to. Raises RefusedError if it is not one."""
+    try:
+        address = urllib.parse.urljoin(url, target)
+        fault = address_fault(address)
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        host = urllib.parse.urlsplit(url).hostname
+        raise RefusedError(f"{host} refers to the address {target[:200]!r}, which is not followed: {fault}")
+    return address
 
 
 def open_file(opener, url, headers, timeout):
@@ -50,6 +111,8 @@ def open_file(opener, url, headers, timeout):
     `timeout` is in seconds without a byte. Raises RefusedError (a web page instead of a file, 404, quota used
     up), BrokenError (no network, timeout, 5xx) and RangeError (416).
     """
+    if fault := address_fault(url):
+        raise RefusedError(f"{url} is not a usable address: {fault}")
     for _ in range(3):
         with network_errors(url):
             request = urllib.request.Request(url, headers={**HEADERS, **headers})
@@ -84,7 +147,11 @@ def network_errors(url):
             raise BrokenError(f"{host} does not answer") from None
         if isinstance(error, urllib.error.URLError):
             raise BrokenError(f"{host} cannot be reached ({reason}), is this machine online?") from None
+        if isinstance(error, http.client.InvalidURL):
+            raise RefusedError(f"{url} is not a usable address: {error}") from None
         raise BrokenError(f"the connection broke ({str(reason) or type(reason).__name__})") from None
+    except ValueError as error:  # from the encoding of a host's name, such as with two dots in a row
+        raise RefusedError(f"{url} is not a usable address: {error}") from None
 
 
 def _status_error(error, host):
@@ -110,7 +177,8 @@ class WebPage(html.parser.HTMLParser):
         self._inside = None
         text = body.decode("utf-8", "replace")
         self.quota = re.search("quota exceeded|too many users have viewed", text, re.IGNORECASE) is not None
-        self.feed(text)
+        with contextlib.suppress(AssertionError):  # what the parser raises at a declaration like <![x y]>
+            self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -130,8 +198,11 @@ class WebPage(html.parser.HTMLParser):
             self.title += data
 
     def confirmation(self, url):
-        """The address that a browser goes to when it sends the form of the page at `url`."""
-        parts = urllib.parse.urlsplit(urllib.parse.urljoin(url, self.action))
+        """The address that a browser goes to when it sends the form of the page at `url`.
+
+        Raises RefusedError when the form leads to none of the web.
+        """
+        parts = urllib.parse.urlsplit(_join(url, self.action))
         fields = {**dict(urllib.parse.parse_qsl(parts.query)), **self.fields}
         return parts._replace(query=urllib.parse.urlencode(fields)).geturl()
 

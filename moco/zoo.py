@@ -11,18 +11,21 @@ A file gets its name only after it was checked: its size, the published md5 pref
 it loads as a MoCo ResNet-50. Its SHA-256 is then recorded in torch.hub's folder (NAME.pth.tar.sha256, as
 sha256sum writes it) and checked at every later use and download. The four files on Google Drive have no
 published hash: their first download is trusted, and the record tells whether later ones are the same.
+
+Memory: a download runs in a process without torch and takes a few MB, whatever the size. The check that the
+file loads then imports torch (some hundred MB) and takes about 10 MB on top of that, also whatever the size.
 """
 
 import argparse
 import difflib
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from moco.download import download
 from moco.errors import UserError, run_program
-from moco.files import atomic_file, file_hash, sha256
+from moco.web import address_fault
+from moco.zoo_check import cache_folder, check, record_hash, resnet50_without_fc
 
 DRIVE_HOST = "https://drive.usercontent.google.com"
 
@@ -82,14 +85,15 @@ def resolve(name_or_path, mirror=None):
     A file of that name wins. Raises UserError; for a wrong name or path with the nearest right one.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, it answers also when the name is too long for a file
         return path
     names = [model.name for model in MODELS]
     if str(name_or_path) in names:
         return fetch(str(name_or_path), mirror=mirror)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder; name the checkpoint file in it")
-    neighbours = [str(other) for other in path.parent.glob("*") if other.is_file()]
+    around = path.parent.glob("*") if os.path.isdir(path.parent) else []
+    neighbours = [str(other) for other in around if other.is_file()]
     nearest = _nearest(str(path), names + neighbours)
     raise UserError(f"there is no file {path}, and no released model of that name{nearest}")
 
@@ -103,7 +107,7 @@ def load(name_or_path, mirror=None):
     from moco.checkpoint import encoder_state, load_strictly, read_checkpoint
 
     path = resolve(name_or_path, mirror)
-    model = _resnet50_without_fc().to_empty(device="cpu")
+    model = resnet50_without_fc().to_empty(device="cpu")
     load_strictly(model, encoder_state(read_checkpoint(path), path), path)
     return model.eval()
 
@@ -117,7 +121,7 @@ def fetch(name, folder=None, mirror=None, force=False, drive_host=DRIVE_HOST):
     """
     model = _find(name)
     path = Path(folder or cache_folder()) / model.file
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:
         try:
             check(model, path)
         except (UserError, OSError) as error:
@@ -126,91 +130,14 @@ def fetch(name, folder=None, mirror=None, force=False, drive_host=DRIVE_HOST):
     else:
         url = _address(model, mirror or os.environ.get("ZOO_BASE_URL"), drive_host)
         download(url, path, link=model.link, verify=lambda part: check(model, part), force=force)
-    _record_hash(model, path)
+    record_hash(model, path)
     return path
-
-
-def cache_folder():
-    """The folder `moco` in torch.hub's of checkpoints: TORCH_HOME and XDG_CACHE_HOME are honoured."""
-    import torch
-
-    return Path(torch.hub.get_dir()) / "checkpoints" / "moco"
-
-
-def check(model, path):
-    """Raise UserError unless `path` is the model's file: that of the first download, or else a sound one."""
-    record = _record(model)
-    if record.exists():
-        digest = sha256(path)
-        if digest not in record.read_text().split():
-            raise UserError(
-                f"its SHA-256 starts with {digest[:12]} and is not that of the first download, recorded in "
-                f"{record}: delete that record if the file has changed for a reason that you know"
-            )
-        return
-    if model.md5 and not (md5 := file_hash(path, "md5")).startswith(model.md5):
-        raise UserError(f"its md5 starts with {md5[:8]}, but the published one with {model.md5}")
-    _check_loads(path)
-
-
-def _record(model):
-    return cache_folder() / f"{model.file}.sha256"
-
-
-def _record_hash(model, path):
-    """Record the SHA-256 of a file that has passed its checks, if there is no record yet."""
-    record = _record(model)
-    if record.exists():
-        return
-    try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(record) as temporary:
-            temporary.write_text(f"{sha256(path)}  {model.file}\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} is complete, but its SHA-256 cannot be recorded in {record} ({error.strerror}); set "
-            "TORCH_HOME to a folder that you can write to"
-        ) from error
-
-
-def _check_loads(path):
-    """Raise UserError unless `path` is whole and holds the query encoder of a MoCo with a ResNet-50."""
-    import torch
-
-    from moco.checkpoint import encoder_state, load_strictly, read_checkpoint
-
-    with torch.serialization.skip_data():  # names and shapes only: the tensors' memory is never touched
-        checkpoint = read_checkpoint(path)
-        state = checkpoint["state_dict"]
-        if not any(name.startswith("encoder_q.") for name in state):
-            raise UserError(f"{path} holds no query encoder (encoder_q.*), so it is not a checkpoint of MoCo")
-        encoder = {name: tensor.to("meta") for name, tensor in encoder_state(checkpoint, path).items()}
-        load_strictly(_resnet50_without_fc(), encoder, path)
-        expected = sum(tensor.nbytes for tensor in encoder.values())
-    if os.path.getsize(path) < expected:
-        raise UserError(f"{path} ends before its tensors do")
-    if zipfile.is_zipfile(path):  # torch writes a CRC-32 beside each tensor, but does not look at it
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-
-
-def _resnet50_without_fc():
-    """On the meta device: shapes without memory."""
-    import torch
-    import torchvision
-
-    with torch.device("meta"):
-        model = torchvision.models.resnet50(weights=None)
-    model.fc = torch.nn.Identity()
-    return model
 
 
 def _address(model, mirror, drive_host):
     if mirror:
-        if not mirror.startswith(("http://", "https://")):
-            raise UserError(f"the mirror {mirror} is not an address that starts with http:// or https://")
+        if fault := address_fault(mirror):
+            raise UserError(f"the mirror {mirror} is not a usable address: {fault}")
         return f"{mirror.rstrip('/')}/{model.file}"
     return model.url or f"{drive_host}/download?id={model.drive_id}&export=download&confirm=t"
 

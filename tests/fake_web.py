@@ -118,6 +118,11 @@ def redirect(path):
     return lambda handler: handler.start(302, Location=handler.server.url + path, Content_Length=0)
 
 
+def redirect_to(address):
+    """Elsewhere, to an address that is given as it stands."""
+    return lambda handler: handler.start(302, Location=address, Content_Length=0)
+
+
 def hang(handler):
     """Nothing, until the server is closed."""
     handler.server.closing.wait(30)

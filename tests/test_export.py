@@ -3,11 +3,8 @@
 import os
 import pickle
 import pickletools
-import resource
-import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -17,28 +14,12 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from export_models import D2ResNet, write_checkpoint
 from torch import nn
 
-from moco.builder import MoCo
-from moco.errors import UserError
 from moco.export import SUFFIXES, detectron2_name, export, main
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moco"
-
-
-def write_checkpoint(path, arch, mlp=True):
-    """Write a checkpoint of upstream's layout; its query encoder, in eval mode and with an identity as fc."""
-    torch.manual_seed(0)
-    model = MoCo(partial(torchvision.models.get_model, arch, weights=None), 16, 32, mlp=mlp)
-    for module in model.encoder_q.modules():  # statistics that differ from those of a fresh network
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1)
-    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {"state": {}}}, path)
-    model.encoder_q.fc = nn.Identity()
-    return model.encoder_q.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -57,62 +38,6 @@ def headless(arch):
     model = torchvision.models.get_model(arch, weights=None)
     model.fc = nn.Identity()
     return model
-
-
-class D2Conv(nn.Conv2d):
-    """A convolution that owns its norm, as Detectron2's layers.Conv2d."""
-
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, bias=False, **options)
-        self.norm = nn.BatchNorm2d(sizes[1])
-
-    def forward(self, x):
-        return self.norm(super().forward(x))
-
-
-class D2Block(nn.Module):
-    """Detectron2's BasicBlock, or its BottleneckBlock with STRIDE_IN_1X1 off."""
-
-    def __init__(self, fan_in, width, fan_out, stride):
-        super().__init__()
-        self.shortcut = D2Conv(fan_in, fan_out, 1, stride=stride) if fan_in != fan_out else None
-        if width == fan_out:
-            self.conv1 = D2Conv(fan_in, width, 3, stride=stride, padding=1)
-            self.conv2 = D2Conv(width, width, 3, padding=1)
-            self.conv3 = None
-        else:
-            self.conv1 = D2Conv(fan_in, width, 1)
-            self.conv2 = D2Conv(width, width, 3, stride=stride, padding=1)
-            self.conv3 = D2Conv(width, fan_out, 1)
-
-    def forward(self, x):
-        y = self.conv2(self.conv1(x).relu())
-        y = y if self.conv3 is None else self.conv3(y.relu())
-        return (y + (x if self.shortcut is None else self.shortcut(x))).relu()
-
-
-class D2ResNet(nn.Module):
-    """The structure and the names of Detectron2's ResNet: stem.conv1, res2 to res5, norms in convolutions."""
-
-    def __init__(self, blocks, expansion):
-        super().__init__()
-        self.stem = nn.Module()
-        self.stem.conv1 = D2Conv(3, 64, 7, stride=2, padding=3)
-        fan_in = 64
-        for stage, count in enumerate(blocks):
-            width = 64 * 2**stage
-            sizes = [
-                (fan_in if i == 0 else width * expansion, 2 if i == 0 and stage else 1) for i in range(count)
-            ]
-            stage_blocks = [D2Block(size, width, width * expansion, stride) for size, stride in sizes]
-            self.add_module(f"res{stage + 2}", nn.Sequential(*stage_blocks))
-            fan_in = width * expansion
-
-    def forward(self, x):
-        x = nn.functional.max_pool2d(self.stem.conv1(x).relu(), 3, stride=2, padding=1)
-        for name in ("res2", "res3", "res4", "res5"):
-            x = getattr(self, name)(x)
-        return x.mean(dim=(2, 3))
 
 
 def load_in_library(to, arch, out):
@@ -195,6 +120,23 @@ def test_the_pickle_for_detectron2_names_no_private_module_of_numpy(resnet18, tm
     assert all(array.flags.writeable for array in arrays)
 
 
+def test_bfloat16_becomes_float32_for_detectron2_alone(resnet18, tmp_path):
+    content = torch.load(resnet18[0], weights_only=True)
+    state = content["state_dict"]
+    half = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
+    torch.save({**content, "state_dict": half}, tmp_path / "half")
+    weight = half["module.encoder_q.conv1.weight"]
+    assert not torch.equal(weight.float(), state["module.encoder_q.conv1.weight"])
+    export(tmp_path / "half", tmp_path / "out.pkl", "detectron2")
+    arrays = pickle.loads((tmp_path / "out.pkl").read_bytes())["model"]
+    assert arrays["stem.conv1.weight"].dtype == numpy.float32
+    assert torch.equal(torch.from_numpy(arrays["stem.conv1.weight"]), weight.float())
+    assert arrays["stem.conv1.norm.num_batches_tracked"].dtype == numpy.int64
+    export(tmp_path / "half", tmp_path / "out.pth", "timm")
+    written = torch.load(tmp_path / "out.pth", weights_only=True)["conv1.weight"]
+    assert written.dtype == torch.bfloat16 and torch.equal(written, weight)
+
+
 def test_safetensors_say_where_they_come_from(resnet18, tmp_path):
     export(resnet18[0], tmp_path / "backbone.safetensors", "safetensors")
     with safetensors.safe_open(tmp_path / "backbone.safetensors", "pt") as file:
@@ -235,75 +177,6 @@ def test_the_command_line_says_how_to_load_what_it_wrote(resnet18, tmp_path, cap
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in own.state_dict().items())
 
 
-def test_wrong_use_is_a_sentence_and_writes_nothing(resnet18, tmp_path, monkeypatch):
-    path = resnet18[0]
-    content = torch.load(path, weights_only=True)
-
-    def variant(name, **changes):
-        torch.save({**content, **changes}, tmp_path / name)
-        return tmp_path / name
-
-    def refused(sentence, checkpoint, out, to, **options):
-        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-        with pytest.raises(UserError, match=sentence):
-            export(checkpoint, tmp_path / out, to, **options)
-        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-
-    (tmp_path / "there.pth").write_text("mine")
-    (tmp_path / "page.pth.tar").write_text("<!DOCTYPE html>")
-    (tmp_path / "half.pth.tar").write_bytes(path.read_bytes()[:100_000])
-    without_encoder = {"module.queue": content["state_dict"]["module.queue"]}
-    without_arch = {name: value for name, value in content.items() if name != "arch"}
-    torch.save(without_arch, tmp_path / "anonymous.pth.tar")
-
-    refused("exists already.*--force", path, "there.pth", "timm")
-    refused(r"must end in \.pkl", path, "out.pth", "detectron2")
-    refused("folder .*nowhere does not exist", path, "nowhere/out.pth", "timm")
-    refused("no file .*ifm-eps0.11.*did you mean ifm-eps0.1", "ifm-eps0.11", "out.pth", "timm")
-    refused("is a web page", tmp_path / "page.pth.tar", "out.pth", "timm")
-    refused("damaged|cannot be read", tmp_path / "half.pth.tar", "out.pth", "timm")
-    refused("resnet50.*does not fit.*--arch", variant("50.pth.tar", arch="resnet50"), "out.pth", "timm")
-    refused("did you mean resnet18", variant("typo.pth.tar", arch="resnet81"), "out.pth", "timm")
-    refused("lacks", variant("queue.pth.tar", state_dict=without_encoder), "out.pth", "timm")
-    refused("--arch, such as resnet50", tmp_path / "anonymous.pth.tar", "out.pth", "timm")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "safetensors.torch", None)
-        refused("pip install safetensors", path, "out.safetensors", "safetensors")
-    write_checkpoint(tmp_path / "shuffle.pth.tar", "shufflenet_v2_x0_5")
-    refused("timm has no shufflenet", tmp_path / "shuffle.pth.tar", "out.pth", "timm")
-
-    assert export(tmp_path / "anonymous.pth.tar", tmp_path / "named.pth", "timm", arch="resnet18") == (
-        "resnet18",
-        120,
-    )
-    export(path, tmp_path / "there.pth", "timm", force=True)
-    assert len(torch.load(tmp_path / "there.pth", weights_only=True)) == 120
-
-
-def test_a_full_disk_and_ctrl_c_leave_nothing(resnet18, tmp_path, monkeypatch):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for to, suffixes in SUFFIXES.items():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))  # a file may not grow further
-        try:
-            with pytest.raises(UserError, match="cannot write"):
-                export(resnet18[0], tmp_path / f"out{suffixes[0]}", to)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert os.listdir(tmp_path) == []
-
-    def interrupted(state, file):
-        file.write(b"half")
-        seen.extend(os.listdir(tmp_path))
-        os.kill(os.getpid(), signal.SIGINT)
-        file.write(b"the other half")
-
-    seen = []
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export(resnet18[0], tmp_path / "out.pth", "timm")
-    assert seen and os.listdir(tmp_path) == []
-
-
 def test_torch_hub_loads_from_a_local_clone(resnet50, tmp_path):
     path, own = resnet50
     torch.save(own(torch.ones(1, 3, 64, 64)), tmp_path / "features.pt")
@@ -320,17 +193,3 @@ def test_torch_hub_loads_from_a_local_clone(resnet50, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 1e-6
-
-
-def test_the_program_ends_with_a_sentence(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "moco.export",
-        "nowhere.pth.tar",
-        str(tmp_path / "out.pth"),
-        "--to",
-        "timm",
-    ]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no file nowhere.pth.tar" in done.stderr
