@@ -18,15 +18,25 @@ from moco.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from moco.data import labelled_folders, training_loader, validation_loader
-from moco.distributed import from_first, launch, sum_over_processes, wrap
+from moco.data import labelled_folders
+from moco.distributed import check_agreement, from_first, launch, sum_over_processes, wrap
+from moco.draws import linear_train
 from moco.encoders import base_encoder
 from moco.errors import UserError, run_program
-from moco.loader import linear_train, linear_val
+from moco.finish import finisher
 from moco.meters import StepLog, check_finite
-from moco.options import check_output, check_shared, data_folder, shared_parser
+from moco.options import (
+    check_output,
+    check_shared,
+    data_folder,
+    loading_line,
+    loading_of,
+    settings,
+    shared_parser,
+)
 from moco.schedules import learning_rate, set_learning_rate
-from moco.seeds import seed_from_system
+from moco.seeds import run_seed
+from moco.views import normalise
 
 
 def parse_args():
@@ -57,14 +67,12 @@ def main():
     check_shared(args)
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
-    if args.pretrained and args.resume:
-        raise UserError("--resume holds the features too; leave out --pretrained")
-    if args.pretrained:
-        args.pretrained = str(zoo.resolve(args.pretrained))
     base_encoder(args.arch)
     check_output(args.output_dir)
     folder = data_folder(args)
     labelled_folders(folder, args.target)
+    if args.pretrained and not args.resume:  # which holds the features too
+        args.pretrained = str(zoo.resolve(args.pretrained))  # last, as it may download
     launch(
         evaluate_features, (args, folder),
         nodes=args.world_size, node_rank=args.rank, url=args.dist_url, backend=args.dist_backend,
@@ -75,17 +83,23 @@ def main():
 def evaluate_features(process, args, folder):
     """Train and validate the classifier in one process of the run."""
     say = print if process.is_first else lambda *_: None
-    source = args.pretrained or args.resume
+    source = args.resume or args.pretrained
     checkpoint = read_checkpoint(source) if source else {}
     check_arch(checkpoint, args.arch, source)
-    seed = from_first(args.seed if args.seed is not None else checkpoint.get("seed", seed_from_system()))
+    seed = from_first(run_seed(args.seed, checkpoint if args.resume else {}))
 
     # Data: training samples are shared out batch by batch, validation images one by one.
     train, val, classes = labelled_folders(folder, args.target)
-    train_loader = training_loader(
-        train, linear_train(args.image_size), process, args.batch_size, args.workers, seed
+    device_aug, loading = loading_of(args, process.device)
+    train_loader = loading.training(
+        train, linear_train(), process, seed, views=1, photometric=device_aug == "off"
     )
-    val_loader = validation_loader(val, linear_val(args.image_size), process, args.batch_size, args.workers)
+    val_loader = loading.validation(val, process)
+    finish, how = finisher(device_aug, linear_train(), process.device)
+
+    check_agreement(
+        {**settings(args), "images": len(train), "validation images": len(val), "classes": classes}
+    )
 
     # Model: everything is frozen but the last layer, which starts small.
     torch.manual_seed(seed)
@@ -94,20 +108,23 @@ def evaluate_features(process, args, folder):
     model.fc.weight.data.normal_(mean=0.0, std=0.01)
     model.fc.bias.data.zero_()
     model.fc.requires_grad_(True)
-    if args.pretrained:
+    if args.resume:
+        load_strictly(model, checkpoint["state_dict"], source)
+    elif args.pretrained:
         load_strictly(model, encoder_state(checkpoint, source), source, may_miss=("fc.weight", "fc.bias"))
     model = wrap(model.to(process.device), process)
     optimizer = torch.optim.SGD(
         model.module.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     start_epoch, best_acc1 = args.start_epoch, 0.0
-    if args.resume:
+    if args.resume and not args.evaluate:
         start_epoch = continue_from(checkpoint, args.resume, model.module, optimizer, args.epochs)
         best_acc1 = float(checkpoint.get("best_acc1", 0.0))
-
     frozen = {name: t.clone() for name, t in model.module.state_dict().items() if not name.startswith("fc.")}
 
     say(f"{len(train)} training and {len(val)} validation images of {folder}, {classes} classes; seed {seed}")
+    say(loading_line(train_loader, loading))
+    say(how)
     say(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
     if args.evaluate:
         validate(args, process, val_loader, model)
@@ -116,7 +133,7 @@ def evaluate_features(process, args, folder):
     for epoch in range(start_epoch, args.epochs):
         set_learning_rate(optimizer, learning_rate(args.lr, epoch, args.epochs, milestones=args.schedule))
         train_loader.batch_sampler.epoch = epoch
-        train_epoch(args, process, train_loader, model, optimizer, epoch)
+        train_epoch(args, process, train_loader, finish, model, optimizer, epoch)
         acc1 = validate(args, process, val_loader, model)
         if epoch == start_epoch:
             check_frozen(model.module, frozen)
@@ -136,15 +153,14 @@ def evaluate_features(process, args, folder):
     say(f"best Acc@1 {best_acc1:.3f} (chance {100 / classes:.3f})")
 
 
-def train_epoch(args, process, loader, model, optimizer, epoch):
+def train_epoch(args, process, loader, finish, model, optimizer, epoch):
     """One pass over the training data with the backbone in evaluation mode, so that its BatchNorm stays
     as it is.
     """
     model.eval()
     log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0)
-    for images, target in log.steps():
-        images = images.to(process.device, non_blocking=True)
-        target = target.to(process.device, non_blocking=True)
+    for batch in log.steps():
+        [images], target = finish(batch), batch.targets
 
         output = model(images)  # N x classes
         loss = F.cross_entropy(output, target)
@@ -153,7 +169,7 @@ def train_epoch(args, process, loader, model, optimizer, epoch):
         loss.backward()
         optimizer.step()
         log.update(loss, output, target)
-    check_finite(log.loss.mean, epoch, optimizer)
+    check_finite(sum_over_processes(log.loss.total_tensor(process.device)), epoch, optimizer)
 
 
 @torch.no_grad()
@@ -161,11 +177,9 @@ def validate(args, process, loader, model):
     """Top-1 accuracy in percent on the validation set, each image counted once in all processes."""
     model.eval()
     log = StepLog("Test: ", loader, args.print_freq if process.is_first else 0)
-    for images, target in log.steps():
-        target = target.to(process.device, non_blocking=True)
-        output = model.module(
-            images.to(process.device, non_blocking=True)
-        )  # past DDP: processes may differ in steps
+    for batch in log.steps():
+        output = model.module(normalise(batch.pixels[0]))  # past DDP: processes may differ in steps
+        target = batch.targets
         log.update(F.cross_entropy(output, target), output, target)
 
     sums = torch.tensor([float(log.top1.total), float(log.top5.total), log.top1.count], dtype=torch.float64)

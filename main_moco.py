@@ -14,16 +14,25 @@ import torch
 from moco import losses
 from moco.builder import MoCo
 from moco.checkpoint import check_arch, continue_from, read_checkpoint, save_checkpoint
-from moco.data import image_folder, training_loader
-from moco.distributed import check_agreement, from_first, launch, wrap
+from moco.data import image_folder
+from moco.distributed import check_agreement, from_first, launch, sum_over_processes, wrap
+from moco.draws import moco_v1, moco_v2
 from moco.encoders import base_encoder
 from moco.errors import UserError, run_program
-from moco.loader import TwoCropsTransform, moco_v1, moco_v2
+from moco.finish import finisher
 from moco.meters import StepLog, check_finite
-from moco.options import check_output, check_shared, data_folder, shared_parser
+from moco.options import (
+    check_output,
+    check_shared,
+    data_folder,
+    loading_line,
+    loading_of,
+    settings,
+    shared_parser,
+)
 from moco.progress import duration
 from moco.schedules import learning_rate, set_learning_rate
-from moco.seeds import STEP, fold, seed_from_system
+from moco.seeds import STEP, fold, run_seed
 
 
 def parse_args():
@@ -105,15 +114,17 @@ def pretrain(process, args, folder):
     say = print if process.is_first else lambda *_: None
     checkpoint = read_checkpoint(args.resume) if args.resume else {}
     check_arch(checkpoint, args.arch, args.resume)
-    seed = from_first(args.seed if args.seed is not None else checkpoint.get("seed", seed_from_system()))
+    seed = from_first(run_seed(args.seed, checkpoint))
 
     # Data: every process loads its part of each global batch.
     images = image_folder(folder, "train")
-    recipe = moco_v2 if args.aug_plus else moco_v1
-    loader = training_loader(
-        images, TwoCropsTransform(recipe(args.image_size)), process, args.batch_size, args.workers, seed,
-        args.bn_splits,
-    )  # fmt: skip
+    check_agreement({**settings(args), "images": len(images)})
+    recipe = moco_v2() if args.aug_plus else moco_v1()
+    device_aug, loading = loading_of(args, process.device)
+    loader = loading.training(
+        images, recipe, process, seed, photometric=device_aug == "off", bn_splits=args.bn_splits
+    )
+    finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
 
     # Model: equal on all processes, as torch's generator starts from the run's seed on each.
@@ -127,15 +138,17 @@ def pretrain(process, args, folder):
     start_epoch = args.start_epoch
     if checkpoint:
         start_epoch = continue_from(checkpoint, args.resume, model.module, optimizer, args.epochs)
-    check_agreement(settings(args))
+        for name, value in checkpoint.get("settings", {}).items():
+            if settings(args).get(name, value) != value:
+                say(f"note: {name} was {value} in {args.resume} and is {settings(args)[name]} from here on")
 
     say(
         f"{len(images)} images of {folder}, {len(batches)} steps of {batches.global_batch} an epoch; "
         f"seed {seed}"
     )
-    say(
-        f"processes: {process.world_size} on {process.device.type}; loader workers each: {loader.num_workers}"
-    )
+    say(f"processes: {process.world_size}, on {process.device.type}")
+    say(loading_line(loader, loading))
+    say(how)
     chance = losses.chance(args.moco_k, args.method, args.epsilon or 0.0, args.alpha or 0.0, args.moco_t)
     for line in notes(args, chance, len(images), process.world_size * args.bn_splits):
         say(line)
@@ -145,7 +158,7 @@ def pretrain(process, args, folder):
         lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
         set_learning_rate(optimizer, lr)
         batches.epoch = epoch
-        loss = train_epoch(args, process, loader, model, optimizer, epoch, seed)
+        loss = train_epoch(args, process, loader, finish, model, optimizer, epoch, seed)
 
         seconds = (time.monotonic() - start) / (epoch + 1 - start_epoch)
         fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
@@ -168,13 +181,12 @@ def pretrain(process, args, folder):
             )
 
 
-def train_epoch(args, process, loader, model, optimizer, epoch, seed):
+def train_epoch(args, process, loader, finish, model, optimizer, epoch, seed):
     """One pass over the data. Returns the mean loss of this process; UserError when it is not finite."""
     model.train()
     log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0)
-    for step, ((im_q, im_k), _) in enumerate(log.steps()):
-        im_q = im_q.to(process.device, non_blocking=True)  # N x 3 x H x W
-        im_k = im_k.to(process.device, non_blocking=True)  # N x 3 x H x W
+    for step, batch in enumerate(log.steps()):
+        im_q, im_k = finish(batch)  # N x 3 x H x W each
 
         torch.manual_seed(fold(seed, STEP, epoch, step, process.rank))  # for shuffle-BN and dropout
         logits, *logits_ifm, labels = model(im_q, im_k)  # N x (1+K)
@@ -189,17 +201,8 @@ def train_epoch(args, process, loader, model, optimizer, epoch, seed):
         loss.backward()
         optimizer.step()
         log.update(loss, logits, labels)
-    check_finite(log.loss.mean, epoch, optimizer)
+    check_finite(sum_over_processes(log.loss.total_tensor(process.device)), epoch, optimizer)
     return log.loss.mean
-
-
-def settings(args):
-    """The flags that decide what is computed, as plain values."""
-    where_and_how = {
-        "folder", "dataset_root", "dataset", "workers", "output_dir", "resume", "print_freq", "start_epoch",
-        "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "gpu",
-    }  # fmt: skip
-    return {name: value for name, value in vars(args).items() if name not in where_and_how}
 
 
 def notes(args, chance, images, batchnorm_groups):

@@ -47,9 +47,10 @@ def read_checkpoint(path):
         raise UserError(_unreadable(path, error)) from error
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
     state = checkpoint["state_dict"]
-    if not (
-        isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values())
-    ):
+    named_tensors = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+    if not (named_tensors and state):
         raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
     return {**checkpoint, "state_dict": plain_names(state)}
 
@@ -87,12 +88,12 @@ def continue_from(checkpoint, path, model, optimizer, epochs):
 
     Raises UserError when it does not fit or has nothing left to do of `epochs`.
     """
-    if not {"epoch", "optimizer"} <= checkpoint.keys():
+    if not (isinstance(checkpoint.get("epoch"), int) and isinstance(checkpoint.get("optimizer"), dict)):
         raise UserError(f"{path} has no optimizer state, so no run can continue from it")
     load_strictly(model, checkpoint["state_dict"], path)
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the optimizer state in {path} is of another model ({_first_line(error)})"
         ) from error

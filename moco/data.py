@@ -1,18 +1,22 @@
 """Image folders, the order in which a run reads them, and the loaders that do it."""
 
 import math
-import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from moco import trifeature
+from moco.cache import KINDS, build, build_on_device
+from moco.decoders import decoder
+from moco.draws import VIEW
 from moco.errors import UserError
-from moco.seeds import ORDER, SAMPLE, fold, seeded
+from moco.resident import ResidentLoader
+from moco.ring import RingLoader
+from moco.samples import Photographs, TrainingSample, ValidationSample
+from moco.seeds import ORDER, fold
+from moco.slots import Layout
 
 
 def image_folder(folder, split):
@@ -27,7 +31,7 @@ def image_folder(folder, split):
             f"{folder} has no folder {split}/; it needs train/ and val/ with one folder per class each"
         )
     try:
-        return ImageFolder(str(path), loader=read_image)
+        return ImageFolder(str(path))
     except FileNotFoundError as error:  # no class at all, or a class without an image
         raise UserError(f"{path} is not complete: {str(error).splitlines()[0]}") from error
 
@@ -55,31 +59,6 @@ def labelled_folders(folder, factor=None):
     return train, val, len(train.classes)
 
 
-def read_image(path):
-    """The image file as an RGB PIL image. Raises UserError that names the file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); mend or remove it") from error
-
-
-class SeededImages(Dataset):
-    """Images whose random transform depends on (seed, epoch, index) alone, not on the worker that applies it.
-
-    Keys are pairs (epoch, index); items are (transform(image), target).
-    """
-
-    def __init__(self, images, transform, seed):
-        self.images, self.transform, self.seed = images, transform, seed
-
-    def __getitem__(self, key):
-        epoch, index = key
-        image, target = self.images[index]
-        with seeded(fold(self.seed, SAMPLE, epoch, index)):
-            return self.transform(image), target
-
-
 class EpochBatches:
     """The batches of one process in an epoch as lists of (epoch, index), shuffled anew by (seed, epoch).
 
@@ -103,55 +82,81 @@ class EpochBatches:
             yield [(self.epoch, int(index)) for index in part]
 
 
-def training_loader(images, transform, process, batch_size, workers, seed, bn_splits=1):
-    """A loader of batches (transform(image), target) for one process; its `batch_sampler` is an EpochBatches.
+@dataclass(frozen=True)
+class Loading:
+    """How images become batches of uint8 views, in one process of a run.
 
-    batch_size and workers count all processes of this node; workers None: one per core. Raises UserError
-    when the batch cannot be shared equally or there are fewer images than a step takes.
+    size: side of a view in pixels; resize: "pil" or "torch" (moco.views); batch_size and workers: of all
+    processes of this node; workers None: one per core; decode: "pillow", "simplejpeg" or None
+    (moco.decoders); cache: "decoded", "files" (moco.cache), "device" (moco.resident; for training), or None.
     """
-    local = process.local_world_size
-    if batch_size % local:
-        raise UserError(
-            f"--batch-size {batch_size} cannot be shared equally by the {local} processes of this node"
+
+    size: int
+    resize: str
+    batch_size: int
+    workers: int | None = None
+    decode: str | None = None
+    cache: str | None = None
+
+    def training(self, images, recipe, process, seed, *, views=2, photometric=True, bn_splits=1):
+        """A RingLoader over shuffled batches whose `batch_sampler` is an EpochBatches, for training.
+
+        photometric: whether the workers also do the recipe's operations on colours. Raises UserError when
+        the batch cannot be shared equally or there are fewer images than a step takes.
+        """
+        local = process.local_world_size
+        if self.batch_size % local:
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared by the {local} processes of this node"
+            )
+        if self.batch_size // local % bn_splits:
+            raise UserError(
+                f"a process's batch of {self.batch_size // local} has no --bn-splits {bn_splits} equal groups"
+            )
+        if self.batch_size // local // bn_splits < 2 and views > 1:
+            raise UserError("BatchNorm needs at least 2 images in each group; raise -b or lower --bn-splits")
+        global_batch = self.batch_size // local * process.world_size
+        if len(images) < global_batch:
+            raise UserError(
+                f"{images.root} has {len(images)} images, fewer than a step's {global_batch}; lower -b"
+            )
+        batches = EpochBatches(len(images), global_batch, seed, process.rank, process.world_size)
+        if self.cache == "device":
+            if photometric:
+                raise UserError("--cache device leaves nothing to workers: add --device-aug exact or float")
+            pixels = build_on_device(_paths(images), process, decoder(self.decode)[0])
+            return ResidentLoader(pixels, _targets(images), recipe, self.size, seed, batches, views)
+        photographs = self._photographs(images, process)
+        sample = TrainingSample(photographs, recipe, self.size, self.resize, seed, photometric)
+        return self._loader(sample, batches, views, process)
+
+    def validation(self, images, process):
+        """A RingLoader over this process's share of the images; over all processes every image comes once."""
+        size = max(1, self.batch_size // process.local_world_size)
+        share = range(process.rank, len(images), process.world_size)
+        batches = [share[start : start + size] for start in range(0, len(share), size)]
+        sample = ValidationSample(self._photographs(images, process), self.size, self.resize)
+        return self._loader(sample, batches, 1, process)
+
+    def _photographs(self, images, process):
+        paths, targets, decode = _paths(images), _targets(images), decoder(self.decode)[0]
+        if self.cache not in KINDS:
+            return Photographs(paths, targets, decode)
+        return Photographs(paths, targets, decode, build(paths, self.cache, process, decode))
+
+    def _loader(self, sample, batches, views, process):
+        workers = (
+            process.cores if self.workers is None else math.ceil(self.workers / process.local_world_size)
         )
-    if batch_size // local % bn_splits:
-        raise UserError(
-            f"a process's batch of {batch_size // local} has no --bn-splits {bn_splits} equal groups"
-        )
-    global_batch = batch_size // local * process.world_size
-    if len(images) < global_batch:
-        raise UserError(
-            f"{images.root} has {len(images)} images, fewer than a step's {global_batch}; lower -b"
-        )
-    return DataLoader(
-        SeededImages(images, transform, seed),
-        batch_sampler=EpochBatches(len(images), global_batch, seed, process.rank, process.world_size),
-        **_worker_settings(process, workers),
-    )
+        size = max(1, self.batch_size // process.local_world_size)
+        layout = Layout(views, size, (3, self.size, self.size), VIEW)
+        return RingLoader(sample, batches, layout, workers, process.device)
 
 
-def validation_loader(images, transform, process, batch_size, workers):
-    """Batches (transform(image), target) of this process's share; over all processes an image comes once."""
-    images.transform = transform
-    return DataLoader(
-        Subset(images, range(process.rank, len(images), process.world_size)),
-        batch_size=max(1, batch_size // process.local_world_size),
-        **_worker_settings(process, workers),
-    )
+def _paths(images):
+    return [path for path, _ in images.samples]
 
 
-def _worker_settings(process, workers):
-    count = process.cores if workers is None else math.ceil(workers / process.local_world_size)
-    return {
-        "num_workers": count,
-        "persistent_workers": count > 0,
-        "pin_memory": process.device.type == "cuda",
-        "worker_init_fn": _start_worker,
-    }
-
-
-def _start_worker(_):
-    # Ctrl-C and a scheduler's signals go to the training process, which ends its workers itself.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+def _targets(images):
+    label = images.target_transform or (lambda target: target)
+    return np.array([label(target) for target in images.targets], np.int64)

@@ -6,12 +6,14 @@ them the world is one process. Nothing outside this module asks whether a run is
 """
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.cores import available_cores
@@ -65,7 +67,7 @@ def launch(worker, arguments, *, nodes=-1, node_rank=-1, url=None, backend=None,
         raise UserError(
             "--gpu names one GPU and --multiprocessing-distributed uses them all; leave one of them out"
         )
-    if nodes > 1 and not 0 <= node_rank < nodes:
+    if not (0 <= node_rank < nodes or (nodes == 1 and node_rank == -1)):
         raise UserError(
             f"--world-size {nodes} needs --rank between 0 and {nodes - 1} on each node, not {node_rank}"
         )
@@ -81,6 +83,10 @@ def launch(worker, arguments, *, nodes=-1, node_rank=-1, url=None, backend=None,
         for i in range(local)
     ]
     if not spawn or local == 1:
+        if not spawn:  # a launcher of the user's own may have said which GPU this process has
+            ranks[0].update(
+                {name: os.environ[name] for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ}
+            )
         os.environ.update({name: str(value) for name, value in ranks[0].items()})
         return _run(worker, arguments, url, backend, gpu)
     return _spawn(worker, arguments, url, backend, ranks)
@@ -142,6 +148,10 @@ def _run(worker, arguments, url, backend, gpu):
     process = _join(url, backend, gpu)
     try:
         worker(process, *arguments)
+    except RuntimeError as error:
+        if process.world_size > 1 and re.search("Connection (closed|reset) by peer", str(error)):
+            raise UserError("another process of the run ended; its message says why") from error
+        raise
     finally:
         if dist.is_initialized():
             # The worker's DDP objects are gone by now: gloo can hang when the group goes before them.
@@ -186,9 +196,14 @@ def _spawn(worker, arguments, url, backend, ranks):
     messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
     try:
         torch.multiprocessing.spawn(_spawned, (worker, arguments, url, backend, ranks, messages), len(ranks))
-    except torch.multiprocessing.ProcessExitedException as error:
+    except (
+        torch.multiprocessing.ProcessExitedException,
+        torch.multiprocessing.ProcessRaisedException,
+    ) as error:
         if not messages.empty():
             raise UserError(messages.get()) from error
+        if isinstance(error, ProcessRaisedException):
+            raise
         raise UserError(f"process {error.error_index} died ({error}); the others were ended") from error
 
 
@@ -211,9 +226,16 @@ def _from_environment(nodes, node_rank):
                 f"--dist-url env:// needs the variable {name}; set it, give the flag, or use torchrun"
             )
     return (
-        int(os.environ["WORLD_SIZE"]) if nodes == -1 else nodes,
-        int(os.environ["RANK"]) if node_rank == -1 else node_rank,
+        _number("WORLD_SIZE") if nodes == -1 else nodes,
+        _number("RANK") if node_rank == -1 else node_rank,
     )
+
+
+def _number(name):
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UserError(f"the variable {name} must be a whole number, not {os.environ[name]!r}") from None
 
 
 def _check_backend(backend):

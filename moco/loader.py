@@ -1,11 +1,10 @@
-"""Augmentations on PIL images: the published recipes with their numbers, as named functions.
+"""Transforms of PIL images under the names that code written for MoCo imports.
 
-All draws come from torch's CPU generator, so that one seed per sample decides them (moco.data).
+The programs themselves draw in moco.draws and apply in moco.views and moco.photometric.
 """
 
 import torch
 from PIL import ImageFilter
-from torchvision import transforms
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,48 +29,3 @@ class GaussianBlur:
     def __call__(self, image):
         low, high = self.sigma
         return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(()).uniform_(low, high).item()))
-
-
-def moco_v1(size):
-    """MoCo v1's views (He et al. 2020, section 3.4): PIL image to 3 x size x size float32."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
-            transforms.RandomHorizontalFlip(),
-            *_to_normalised_tensor(),
-        ]
-    )
-
-
-def moco_v2(size):
-    """MoCo v2's views, `--aug-plus` (Chen et al. 2020, section 3): PIL image to 3 x size x size float32."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5),
-            transforms.RandomHorizontalFlip(),
-            *_to_normalised_tensor(),
-        ]
-    )
-
-
-def linear_train(size):
-    """What linear classifiers are trained on: PIL image to 3 x size x size float32."""
-    return transforms.Compose(
-        [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *_to_normalised_tensor()]
-    )
-
-
-def linear_val(size):
-    """What they are tested on, 224 of 256 pixels at the usual size: PIL image to 3 x size x size float32."""
-    return transforms.Compose(
-        [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *_to_normalised_tensor()]
-    )
-
-
-def _to_normalised_tensor():
-    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

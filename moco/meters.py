@@ -28,6 +28,10 @@ class Meter:
         """The mean of all items as a float (this waits for the device)."""
         return float(self.total) / max(self.count, 1)
 
+    def total_tensor(self, device):
+        """The sum of all items, 0-dimensional float64, to be added up over processes."""
+        return torch.as_tensor(self.total, dtype=torch.float64, device=device).clone()
+
     def __str__(self):
         return f"{self.name} {float(self.newest):{self.spec}} ({self.mean:{self.spec}})"
 
@@ -83,7 +87,9 @@ def accuracy(logits, labels, topk=(1, 5)):
 
 
 def check_finite(loss, epoch, optimizer):
-    """Raise UserError when the mean loss of an epoch is not a number or infinite."""
+    """Raise UserError when the loss of an epoch, summed over all processes, is not a number or infinite."""
     if not math.isfinite(loss):
         lr = optimizer.param_groups[0]["lr"]
-        raise UserError(f"the loss of epoch {epoch} is {loss} at lr {lr:g}; start again with a lower --lr")
+        raise UserError(
+            f"the loss of epoch {epoch} is {float(loss)} at lr {lr:g}; start again with a lower --lr"
+        )

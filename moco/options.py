@@ -1,9 +1,13 @@
 """The flags that both programs share, and the checks on them that need no data."""
 
 import argparse
+import math
+import tempfile
 from pathlib import Path
 
 from moco import trifeature
+from moco.data import Loading
+from moco.decoders import decoder
 from moco.errors import UserError
 
 
@@ -31,6 +35,27 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
     )
     data.add_argument(
         "-j", "--workers", type=int, metavar="N", help="loader processes of this node (default: its cores)"
+    )
+
+    data.add_argument(
+        "--device-aug",
+        choices=("exact", "float", "off"),
+        help="colours, blur and flip in batches on the device, as PIL (exact) or faster (float), or in the "
+        "workers (off; default: exact on CUDA, off on a CPU)",
+    )
+    data.add_argument(
+        "--resize",
+        choices=("torch", "pil"),
+        help="torch: faster, within 1 level of PIL's (default: pil with --device-aug off, else torch)",
+    )
+    data.add_argument(
+        "--decoder", choices=("pillow", "simplejpeg"), help="of JPEG files (default: simplejpeg if installed)"
+    )
+
+    data.add_argument(
+        "--cache",
+        choices=("decoded", "files", "device"),
+        help="keep images in memory: their pixels, their files, or their pixels on the device (equal sizes)",
     )
 
     training = parser.add_argument_group("training")
@@ -108,9 +133,9 @@ def check_shared(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in ("start_epoch", "momentum", "weight_decay"):
-        if getattr(args, name) < 0:
+        if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    if args.lr <= 0:
+    if not 0 < args.lr < math.inf:
         raise UserError(f"--lr must be above 0, not {args.lr}")
     if args.image_size < 8:
         raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
@@ -141,14 +166,46 @@ def data_folder(args):
     return folder
 
 
+def loading_of(args, device):
+    """Where the photometric half is done ("off": in the workers), and the Loading of the flags."""
+    device_aug = args.device_aug or ("exact" if device.type == "cuda" else "off")
+    resize = args.resize or ("pil" if device_aug == "off" else "torch")
+    return device_aug, Loading(
+        args.image_size, resize, args.batch_size, args.workers, args.decoder, args.cache
+    )
+
+
+def loading_line(loader, loading):
+    """What was chosen for the data, in a line for the console."""
+    return (
+        f"{loader.num_workers} loader worker(s) each, {decoder(loading.decode)[1]}, resize {loading.resize}; "
+        f"{loader.transport}"
+    )
+
+
+def settings(args):
+    """The flags that decide what is computed, as plain values."""
+    elsewhere = [
+        "folder",
+        "dataset_root",
+        "dataset",
+        "workers",
+        "decoder",
+        "cache",
+        "output_dir",
+        "pretrained",
+    ]
+    elsewhere += ["resume", "print_freq", "start_epoch", "multiprocessing_distributed", "world_size", "rank"]
+    elsewhere += ["dist_url", "dist_backend", "gpu"]
+    return {name: value for name, value in vars(args).items() if name not in elsewhere}
+
+
 def check_output(folder):
     """Make the output folder and try whether files can be written there. Raises UserError."""
-    path = Path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{id(path)}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
             f"cannot write to --output-dir {folder} ({error.strerror}); choose another folder"

@@ -26,6 +26,14 @@ def seeded(seed):
         yield
 
 
-def seed_from_system():
-    """A seed that nobody chose, for runs without --seed: 31 bits, short enough to be typed."""
-    return int(np.random.SeedSequence().generate_state(1, np.uint32)[0] >> np.uint32(1))
+def run_seed(given, checkpoint):
+    """The seed of a run: the one `given`, that of the run which the dict `checkpoint` continues, or a new
+    one.
+
+    A new one has 31 bits, short enough to be typed.
+    """
+    if given is not None:
+        return given
+    return checkpoint.get(
+        "seed", int(np.random.SeedSequence().generate_state(1, np.uint32)[0] >> np.uint32(1))
+    )

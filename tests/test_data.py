@@ -1,17 +1,18 @@
-"""Order and randomness of samples, image folders, and the published recipes."""
+"""Order and randomness of samples, image folders, and batches from files."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_folders
 from PIL import Image
-from torchvision import transforms
 
-from moco import loader as recipes
+from moco import loader as published
 from moco.cores import available_cores
-from moco.data import EpochBatches, image_folder, labelled_folders, training_loader, validation_loader
+from moco.data import EpochBatches, Loading, image_folder, labelled_folders
 from moco.distributed import Process
+from moco.draws import moco_v1, moco_v2
 from moco.errors import UserError
+from moco.finish import finisher
 
 
 def process(rank=0, world_size=1):
@@ -33,12 +34,17 @@ def test_processes_share_the_same_global_batches():
     assert epoch_of(EpochBatches(103, 12, seed=6), 2) != alone
 
 
-def batches_of(folders, workers, seed, epoch=1, **options):
-    images = image_folder(folders, "train")
-    transform = recipes.TwoCropsTransform(recipes.moco_v2(16))
-    loader = training_loader(images, transform, process(**options), 8, workers, seed)
+def batches_of(
+    folders, workers, seed, epoch=1, size=8, device_aug="off", resize="pil", recipe=None, cache=None, **rank
+):
+    """The finished batches (q, k, target) of an epoch."""
+    recipe = recipe or moco_v2()
+    loader = Loading(16, resize, size, workers, cache=cache).training(
+        image_folder(folders, "train"), recipe, process(**rank), seed, photometric=device_aug == "off"
+    )
     loader.batch_sampler.epoch = epoch
-    return [(q, k, target) for (q, k), target in loader]
+    finish, _ = finisher(device_aug, recipe, torch.device("cpu"))
+    return [(*finish(batch), batch.targets) for batch in loader]
 
 
 def equal(ours, theirs):
@@ -70,11 +76,40 @@ def test_no_two_samples_draw_the_same_numbers(tmp_path):
     assert len({view.numpy().tobytes() for view in views}) == len(views)
 
 
+@pytest.mark.parametrize("recipe", [moco_v1(), moco_v2()])
+def test_pixels_are_the_same_wherever_colours_are_done(folders, recipe):
+    by_workers = batches_of(folders, 1, seed=3, recipe=recipe)
+    assert equal(by_workers, batches_of(folders, 1, seed=3, recipe=recipe, device_aug="exact"))
+    fast = batches_of(folders, 1, seed=3, recipe=recipe, device_aug="float")
+    assert not equal(by_workers, fast)
+    for ours, theirs in zip(by_workers, fast, strict=True):
+        assert (ours[0] - theirs[0]).abs().mean() < 0.03  # 1.7 grey levels
+    assert not equal(by_workers, batches_of(folders, 1, seed=3, recipe=recipe, resize="torch"))
+
+
+def test_caches_change_no_sample(folders):
+    plain = batches_of(folders, 1, seed=3, device_aug="exact", resize="torch")
+    for kind in ("decoded", "files"):
+        assert equal(plain, batches_of(folders, 1, seed=3, device_aug="exact", resize="torch", cache=kind))
+    resident = batches_of(folders, 1, seed=3, device_aug="exact", cache="device")
+    for ours, theirs in zip(plain, resident, strict=True):
+        assert torch.equal(ours[2], theirs[2])
+        assert (ours[0] - theirs[0]).abs().mean() < 0.01  # less than a grey level
+    with pytest.raises(UserError, match="add --device-aug"):
+        batches_of(folders, 1, seed=3, cache="device")
+
+
+def test_samples_do_not_depend_on_the_batch_size(folders):
+    def samples(size):
+        batches = batches_of(folders, 0, seed=3, size=size)
+        return sorted(view.numpy().tobytes() for q, _, _ in batches for view in q)
+
+    assert samples(4) == samples(12)
+
+
 def test_loading_leaves_the_callers_generator_alone(folders):
-    images = recipes.TwoCropsTransform(recipes.moco_v1(16))
-    loader = training_loader(image_folder(folders, "train"), images, process(), 8, 0, seed=0)
     torch.manual_seed(1)
-    loader.dataset[(0, 0)]
+    batches_of(folders, 1, seed=0)
     drawn = torch.rand(3)
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(3))
@@ -85,8 +120,8 @@ def test_validation_counts_every_image_once(folders, world_size):
     images = image_folder(folders, "val")  # 9 images: no multiple of 2 or 4
     seen = []
     for rank in range(world_size):
-        loader = validation_loader(images, recipes.linear_val(16), process(rank, world_size), 4, 0)
-        seen += [image.numpy().tobytes() for batch, _ in loader for image in batch]
+        loader = Loading(16, "pil", 4 * world_size, 0).validation(images, process(rank, world_size))
+        seen += [image.numpy().tobytes() for batch in loader for image in batch.pixels[0]]
     assert len(seen) == len(set(seen)) == 9
 
 
@@ -107,31 +142,11 @@ def test_bad_image_is_named(tmp_path):
         batches_of(tmp_path, 2, seed=0)
 
 
-def test_recipes_hold_the_published_numbers():
-    v1, v2 = recipes.moco_v1(224).transforms, recipes.moco_v2(224).transforms
-    names = [" ".join(type(t).__name__ for t in recipe) for recipe in (v1, v2)]
-    crop, end = "RandomResizedCrop", "RandomHorizontalFlip ToTensor Normalize"
-    assert names == [
-        f"{crop} RandomGrayscale ColorJitter {end}",
-        f"{crop} RandomApply RandomGrayscale RandomApply {end}",
-    ]
-    assert v1[0].scale == v2[0].scale == (0.2, 1.0)
-    assert v1[1].p == v2[2].p == 0.2
-    assert v1[2].hue == (-0.4, 0.4)
-    jitter = v2[1].transforms[0]
-    assert (jitter.brightness, jitter.hue, v2[1].p, v2[3].p) == ((0.6, 1.4), (-0.1, 0.1), 0.8, 0.5)
-    assert v2[3].transforms[0].sigma == (0.1, 2.0)
-    assert isinstance(recipes.linear_val(224).transforms[0], transforms.Resize)
-    assert [recipes.linear_val(size).transforms[0].size for size in (224, 64)] == [256, 73]
-
-
-def test_views_are_drawn_independently():
+def test_names_that_other_code_imports():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
-    q, k = recipes.TwoCropsTransform(recipes.moco_v2(32))(image)
-    assert q.shape == k.shape == (3, 32, 32)
-    assert q.dtype == torch.float32
-    assert not torch.equal(q, k)
-    assert recipes.GaussianBlur([0.1, 2.0])(image).size == image.size
+    q, k = published.TwoCropsTransform(published.GaussianBlur([0.1, 2.0]))(image)
+    assert q.size == k.size == image.size
+    assert np.any(np.asarray(q) != np.asarray(k))
 
 
 def test_cores_respect_the_control_group(tmp_path):

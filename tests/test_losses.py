@@ -102,3 +102,7 @@ def test_chance_is_the_loss_of_equal_similarities(method, epsilon, alpha):
         "ifm_only": losses.info_nce(moved, labels),
     }[method]
     assert losses.chance(K, method, epsilon, alpha, T) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_chance_does_not_overflow():
+    assert losses.chance(10, "ifm_only", 30.0, 1.0, 0.05) == pytest.approx(1200 + math.log(10))

@@ -22,6 +22,8 @@ def test_pretraining_prints_and_writes_what_upstream_does(pretrained):
     assert len(STEP.findall(output)) == 2 * 3
     assert "ln(1+K) = 3.0445" in output
     assert "queue 100% full" in output
+    assert "share statistics" not in output  # as there are two BatchNorm groups
+    assert "holds every one of" not in output
     assert sorted(os.listdir(out)) == ["checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"]
     checkpoint = torch.load(out / "checkpoint_0001.pth.tar", weights_only=True)
     assert checkpoint["epoch"] == 2
@@ -82,8 +84,8 @@ def test_linear_evaluation_from_checkpoint_to_accuracy(pretrained, folders, tmp_
 def test_linear_evaluation_finds_frozen_weights_that_moved(folders, tmp_path, cli, monkeypatch):
     real = main_lincls.train_epoch
 
-    def thaw(args, process, loader, model, *rest):
-        real(args, process, loader, model, *rest)
+    def thaw(args, process, loader, finish, model, *rest):
+        real(args, process, loader, finish, model, *rest)
         model.module.bn1.running_mean.add_(1)
 
     monkeypatch.setattr(main_lincls, "train_epoch", thaw)
@@ -110,3 +112,12 @@ def test_trifeature_is_drawn_and_its_factors_are_read(tmp_path, cli, monkeypatch
     code, _, errors = cli(main_lincls.main, *words)
     assert code == 2
     assert "choose a --target" in errors
+
+
+def test_notes_on_one_batchnorm_group_and_on_a_long_queue(folders, tmp_path, cli):
+    code, output, errors = cli(
+        main_moco.main, *MOCO, folders, "--output-dir", tmp_path, "--moco-k", "25", "--epochs", "1"
+    )
+    assert code == 0, errors
+    assert "a query and its key share statistics" in output
+    assert "a queue of 25 keys holds every one of 24 images more than once" in output

@@ -1,16 +1,20 @@
 """Every way to start a run, and the command lines that users of the published programs know."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 from command_lines import MOCO, ROOT, losses_of, program
 
 import main_lincls
 import main_moco
+from moco.distributed import launch, sum_over_processes
+from moco.errors import UserError
 
 
 def two_nodes(port, folders, outs, *more):
@@ -73,6 +77,32 @@ def test_nodes_with_other_flags_are_refused(folders, tmp_path, free_port):
         assert node.returncode == 2
         assert "moco_k is 20 on rank 0 and 24 on rank 1" in errors
     assert not os.listdir(tmp_path)
+
+
+def spawned(process, folder, failing):
+    """A worker of launch that leaves its rank in `folder`; the rank `failing` raises instead."""
+    if process.rank == failing:
+        raise UserError(f"rank {failing} cannot go on")
+    total = sum_over_processes(torch.tensor(process.rank + 1.0))
+    (folder / str(process.rank)).write_text(f"{process.world_size} {total.item()}")
+
+
+def test_spawn_starts_a_process_for_each_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # here alone: the processes find none
+    launch(spawned, (tmp_path, None), spawn=True, nodes=1, node_rank=0)
+    assert [(tmp_path / name).read_text() for name in "01"] == ["2 3.0", "2 3.0"]
+    with pytest.raises(UserError, match=r"^(rank 1 cannot go on|another process of the run ended.*)$"):
+        launch(spawned, (tmp_path, 1), spawn=True, nodes=1, node_rank=0)
+
+
+def test_a_bad_image_ends_a_run_with_workers(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / "data")
+    (tmp_path / "data" / "train" / "bee" / "1.jpg").write_text("no image")
+    words = [*MOCO, "--workers", "2", str(tmp_path / "data"), "--output-dir", str(tmp_path)]
+    run = program("main_moco.py", *words)
+    assert run.returncode == 2
+    assert "bee/1.jpg cannot be read as an image" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
 
 
 def test_help_needs_nothing():

@@ -47,6 +47,13 @@ WRONG = [
         "needs --rank between 0 and 1",
     ),
     (["DATA", "--dist-url", "env://"], "needs the variable WORLD_SIZE"),
+    (
+        ["DATA", "--multiprocessing-distributed", "--world-size", "1", "--rank", "1"],
+        "needs --rank between 0 and 0",
+    ),
+    (["DATA", "--bn-splits", "8"], "BatchNorm needs at least 2 images"),
+    (["DATA", "--lr", "nan"], "--lr must be above 0"),
+    (["DATA", "--cache", "device"], "add --device-aug exact or float"),
 ]
 
 
@@ -121,3 +128,22 @@ def test_incomplete_folders_are_said(tmp_path, cli):
         errors = run("--workers", workers)
         assert "bee/1.jpg cannot be read as an image" in errors
         assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_number_that_is_none_in_the_environment_is_said(folders, tmp_path, cli, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = cli(main_moco.main, *MOCO, folders, "--output-dir", tmp_path, "--dist-url", "env://")
+    assert code == 2
+    assert "RANK must be a whole number, not 'x'" in errors
+
+
+@pytest.mark.parametrize(
+    "content", [{0: torch.zeros(1)}, {"state_dict": {"x": torch.zeros(1)}, "epoch": "a"}]
+)
+def test_files_of_something_else_are_refused(content, folders, tmp_path, cli):
+    torch.save(content, tmp_path / "file.pth.tar")
+    words = [*MOCO, folders, "--output-dir", tmp_path, "--resume", tmp_path / "file.pth.tar"]
+    code, _, errors = cli(main_moco.main, *words)
+    assert code == 2
+    assert re.search("holds no state_dict|has no optimizer state", errors), errors

@@ -1,0 +1,123 @@
+"""Every random number of an augmentation, drawn per sample from (seed, epoch, index, view) and nothing else.
+
+A draw says where to crop and what to do to the colours; it touches no pixel. Whoever applies it, on a CPU
+(moco.views) or on a device (moco.photometric), in whichever process and batch, gets the same sample.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from moco.seeds import SAMPLE, fold
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is drawn for a view, in the terms of torchvision's transforms; ranges are (low, high), uniform.
+
+    An amount of 0 in `jitter` gives a neutral factor. Unlike with ColorJitter(hue=0), a jitter without hue
+    still goes through HSV's bytes, where it is applied.
+    """
+
+    scale: tuple[float, float]  # the crop's share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # the crop's width / height, uniform in its logarithm
+    jitter: tuple[float, float, float, float] = (0, 0, 0, 0)  # ColorJitter's: 1 +- the first three, +- hue
+    jitter_p: float = 0.0  # p: how probable each operation is
+    gray_p: float = 0.0
+    gray_first: bool = False  # grayscale before jitter, as in MoCo v1
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the resized view
+    flip_p: float = 0.5
+
+
+def moco_v1():
+    """MoCo v1's views (He et al. 2020, section 3.4)."""
+    return Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.2, gray_first=True)
+
+
+def moco_v2():
+    """MoCo v2's views, `--aug-plus` (Chen et al. 2020, section 3)."""
+    return Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5)
+
+
+def linear_train():
+    """What linear classifiers are trained on: a crop and a flip."""
+    return Recipe(scale=(0.08, 1.0))
+
+
+# What was drawn for one view. Factors are float32, so that a CPU and a device compute with the same number.
+VIEW = np.dtype(
+    [
+        ("top", "<i4"),  # the box, in pixels of the image
+        ("left", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("jitter", "?"),  # whether the factors below are applied; they are drawn in any case
+        ("gray", "?"),
+        ("flip", "?"),
+        ("order", "i1", (4,)),  # the jitter's: a permutation of 0 brightness 1 contrast 2 saturation 3 hue
+        ("brightness", "<f4"),
+        ("contrast", "<f4"),
+        ("saturation", "<f4"),
+        ("hue", "<f4"),
+        ("sigma", "<f4"),  # of the blur, in pixels; 0: no blur
+    ]
+)
+
+TRIES = 10  # boxes that may fail to fit before the central one is taken, as in RandomResizedCrop
+NUMBERS = 2 * TRIES + 2 + 9 + 4  # uniform numbers of a view: its tries and place, the rest, the order's keys
+
+
+def draw(recipe, width, height, seed, epoch, index, views=2):
+    """Draw the views of image `index`, `width` x `height` pixels, in `epoch` of run `seed`: (views,) of VIEW.
+
+    The distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomApply,
+    RandomGrayscale and RandomHorizontalFlip, and a uniform sigma. Each view takes the same count of numbers
+    whatever comes of them: so view 0 does not depend on `views`, nor a box on a recipe's probabilities.
+    """
+    generator = np.random.default_rng(fold(seed, SAMPLE, epoch, index))
+    rows = generator.random((views, NUMBERS)).tolist()  # Python's floats: numpy's scalars are slower
+    return np.array([_view(recipe, width, height, row) for row in rows], VIEW)
+
+
+def _view(recipe, width, height, numbers):
+    """One view, as a tuple in the order of VIEW, from NUMBERS uniform numbers in [0, 1)."""
+    box = _box(recipe.scale, recipe.ratio, width, height, numbers[: 2 * TRIES + 2])
+    jitter, brightness, contrast, saturation, hue, gray, blur, sigma, flip = numbers[2 * TRIES + 2 : -4]
+    keys = numbers[-4:]
+    a, b, c, d = recipe.jitter
+    return (
+        *box,
+        jitter < recipe.jitter_p,
+        gray < recipe.gray_p,
+        flip < recipe.flip_p,
+        sorted(range(4), key=keys.__getitem__),
+        _between(max(0, 1 - a), 1 + a, brightness),
+        _between(max(0, 1 - b), 1 + b, contrast),
+        _between(max(0, 1 - c), 1 + c, saturation),
+        _between(-d, d, hue),
+        _between(*recipe.blur_sigma, sigma) if blur < recipe.blur_p else 0.0,
+    )
+
+
+def _box(scale, ratio, width, height, numbers):
+    """RandomResizedCrop's (top, left, height, width): the first try that fits, else the central crop."""
+    area, log_ratio = width * height, (math.log(ratio[0]), math.log(ratio[1]))
+    *tries, down, right = numbers
+    for size, shape in zip(tries[::2], tries[1::2], strict=True):
+        target = area * _between(*scale, size)
+        aspect = math.exp(_between(*log_ratio, shape))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _between(low, high, number):
+    return low + (high - low) * number

@@ -1,0 +1,108 @@
+"""Applying what was drawn (moco.draws) on the CPU: crop and resize, and the photometric half by PIL.
+
+A photograph is a PIL image in RGB or what a decoder gives, uint8 H x W x 3; a view is uint8 3 x size x size.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torchvision.transforms import functional
+
+from moco.loader import IMAGENET_MEAN, IMAGENET_STD
+
+
+def crop_resize(image, view, size, resize, out=None):
+    """Cut the box of `view` (a record of VIEW) out of `image` and resize it: uint8 3 x size x size.
+
+    resize: "pil" (the published pixels) or "torch" (3 times as fast, at most 1 level from PIL's). `out`, a
+    CPU tensor of that shape with any strides, is filled and returned when given.
+    """
+    top, left, height, width = (int(view[name]) for name in ("top", "left", "height", "width"))
+    if isinstance(image, Image.Image):
+        crop = image.crop((left, top, left + width, top + height))
+    else:
+        crop = image[top : top + height, left : left + width]
+    return _write(_resized(crop, size, size, resize), out)
+
+
+def center_resize(image, size, resize, out=None):
+    """The view for validation: uint8 3 x size x size, `out` when given.
+
+    The shorter side becomes 256/224 of `size`, as published for 224; what is cut out of the centre is
+    torchvision's Resize and CenterCrop to the pixel. resize, out: as in crop_resize.
+    """
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    short = round(size * 256 / 224)
+    if width <= height:
+        width, height = short, int(short * height / width)
+    else:
+        width, height = int(short * width / height), short
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    pixels = _resized(image, height, width, resize)
+    return _write(pixels[:, top : top + size, left : left + size], out)
+
+
+def photometric_pil(pixels, view, gray_first):
+    """Jitter, grayscale, blur and flip as `view` says, by the published operations on PIL images.
+
+    pixels: uint8 3 x H x W; so is the result. gray_first: MoCo v1's order (moco.draws.Recipe).
+    """
+    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    if view["gray"] and gray_first:
+        image = functional.rgb_to_grayscale(image, num_output_channels=3)
+    if view["jitter"]:
+        image = _jitter(image, view)
+    if view["gray"] and not gray_first:
+        image = functional.rgb_to_grayscale(image, num_output_channels=3)
+    if view["sigma"] > 0:
+        image = image.filter(ImageFilter.GaussianBlur(radius=float(view["sigma"])))
+    if view["flip"]:
+        image = functional.hflip(image)
+    return _planar(image).contiguous()
+
+
+def normalise(pixels):
+    """(x / 255 - mean) / std of uint8 (..., 3, H, W): float32, to the bit ToTensor's and Normalize's."""
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def _jitter(image, view):
+    """ColorJitter with what was drawn: the four operations in the drawn order."""
+    for number in view["order"]:
+        if number == 0:
+            image = functional.adjust_brightness(image, float(view["brightness"]))
+        elif number == 1:
+            image = functional.adjust_contrast(image, float(view["contrast"]))
+        elif number == 2:
+            image = functional.adjust_saturation(image, float(view["saturation"]))
+        else:
+            image = functional.adjust_hue(image, float(view["hue"]))
+    return image
+
+
+def _resized(image, height, width, resize):
+    """A photograph resized, bilinear and antialiased: uint8 3 x height x width, with any strides."""
+    if resize == "pil":
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        return _planar(image.resize((width, height), Image.Resampling.BILINEAR))
+    if resize != "torch":
+        raise ValueError(f'resize is "pil" or "torch", not {resize!r}')
+    # torch has a vector kernel for uint8 with interleaved channels in one piece; numpy's copy of a crop into
+    # one piece is faster than the copy that torch would make of it, and planar channels take twice the time.
+    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
+    resized = torch.nn.functional.interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)
+    return resized[0]
+
+
+def _planar(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _write(pixels, out):
+    if out is None:
+        return pixels.contiguous()
+    np.copyto(out.numpy(), pixels.numpy())  # half the time of torch's copy_ where channels are interleaved
+    return out

@@ -1,0 +1,74 @@
+"""How data workers start and end, and what the main process says when one of them fails."""
+
+import atexit
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+
+import torch
+
+from moco.errors import UserError
+from moco.memory import SharedMemory
+
+
+class Crew:
+    """The workers of one DataLoader: `start` is its worker_init_fn, `end` lets them go at once.
+
+    Workers leave signals to the main process, and so do not hear the SIGTERM by which a DataLoader and
+    Python's exit end the last of them: Python then waits for ever where a loader lives until the program's
+    end, as when a global name or an exception refers to it. Therefore a worker leaves by itself, in the
+    middle of a sample if need be, when it is told to by a byte of shared memory and when its parent is gone.
+    """
+
+    def __init__(self):
+        try:
+            self._over = SharedMemory(1)
+        except OSError:  # then they end as the DataLoader has it, by a message
+            self._over = None
+        atexit.register(self.end)  # later than multiprocessing's own, and so called earlier
+
+    def start(self, _):
+        """What a worker does first."""
+        # Ctrl-C and a scheduler's signals reach the whole process group, but the training process is to
+        # stop in its own time: with a checkpoint, and with workers until then.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        threading.Thread(target=self._leave_in_time, args=(os.getppid(),), daemon=True).start()
+
+    def end(self):
+        """Tell the workers to leave; they do within a fifth of a second. Nothing they gave is to be used."""
+        atexit.unregister(self.end)
+        if self._over:
+            self._over.array[0] = 1
+
+    def _leave_in_time(self, parent):
+        # The DataLoader's own watch over its parent looks between tasks only, every five seconds, and never
+        # while an answer is stuck in a full pipe.
+        while os.getppid() == parent and not (self._over and self._over.array[0]):
+            time.sleep(0.2)
+        os._exit(0)
+
+
+@contextlib.contextmanager
+def worker_errors():
+    """Turn what a DataLoader raises for its workers into a UserError of one sentence, where it is one.
+
+    That is a UserError which a worker raised, and the death of a worker. The latter is raised in the main
+    thread wherever that is at the moment, also outside the loader: a program puts all of its loop in here.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.sentence) from None  # without the worker's traceback
+    except RuntimeError as error:
+        found = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+        if found is None:
+            raise
+        how = found[2].split(". ")[0].strip(" .")
+        raise UserError(
+            f"data worker {found[1]} {how}; if it was for want of memory, lower -j or --batch-size"
+        ) from error

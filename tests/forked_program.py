@@ -1,0 +1,71 @@
+"""A program that a test starts, kills and questions, in a process group of its own, with its data workers."""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from moco.errors import run_program
+
+
+class Program:
+    """run_program(main) in a forked process, where torch is imported already; main(report) says on the file
+    `report` one line when its workers have started, which are its children then.
+    """
+
+    def __init__(self, main):
+        read, write = os.pipe()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(write, 2)
+            sys.stderr = os.fdopen(2, "w")
+            sys.argv = ["program"]
+            code = 1
+            try:
+                run_program(lambda: main(sys.stderr))
+            except SystemExit as end:
+                code = end.code
+            finally:
+                atexit._run_exitfuncs()
+                os._exit(code)
+        os.close(write)
+        self.errors = os.fdopen(read)
+        self.errors.readline()
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        self.workers = [int(pid) for pid in children]
+
+    def end(self):
+        """The exit code and what it said, when it and every process that shares its errors have ended."""
+        said = self.errors.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), said
+
+    def clear(self):
+        """Assert that the workers have ended or do so soon; then nobody of the process group lives."""
+        try:
+            assert gone_within(5, lambda: not any(map(lives, self.workers)))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+def gone_within(seconds, is_true):
+    """Whether `is_true()` becomes true in that time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if is_true():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def lives(pid):
+    """Whether the process exists and is not just waiting for its parent to read its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
