@@ -75,7 +75,13 @@ def _photographs(folder, count):
     """The paths of `count` images: spread over `folder`, or made in a folder that is removed afterwards."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="moco-bench-") as place:
-            yield make_photographs(place, count)
+            try:
+                paths = make_photographs(place, count)
+            except OSError as error:
+                raise UserError(
+                    f"{place} cannot hold the images ({error.strerror}); set TMPDIR to a folder with room"
+                ) from error
+            yield paths
         return
     if not Path(folder).is_dir():
         raise UserError(f"there is no folder {folder}; leave it out to measure with images made for it")

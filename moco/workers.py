@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -37,7 +38,7 @@ class Crew:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         torch.set_num_threads(1)
-        threading.Thread(target=self._leave_in_time, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=self._leave_in_time, daemon=True).start()
 
     def end(self):
         """Tell the workers to leave; they do within a fifth of a second. Nothing they gave is to be used."""
@@ -45,10 +46,13 @@ class Crew:
         if self._over:
             self._over.array[0] = 1
 
-    def _leave_in_time(self, parent):
+    def _leave_in_time(self):
         # The DataLoader's own watch over its parent looks between tasks only, every five seconds, and never
-        # while an answer is stuck in a full pipe.
-        while os.getppid() == parent and not (self._over and self._over.array[0]):
+        # while an answer is stuck in a full pipe. Two ways to look at the parent, for either can miss its
+        # end: the first (a pipe's) when a later child has inherited the pipe and lives on, the second when
+        # the parent was gone before this thread began.
+        parent, adopter = multiprocessing.parent_process(), os.getppid()
+        while parent.is_alive() and os.getppid() == adopter and not (self._over and self._over.array[0]):
             time.sleep(0.2)
         os._exit(0)
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,7 +42,12 @@ class Program:
 
     def end(self):
         """The exit code and what it said, when it and every process that shares its errors have ended."""
+        watch = threading.Timer(20, os.killpg, (self.pid, signal.SIGKILL))
+        watch.start()
         said = self.errors.read()
+        in_time = watch.is_alive()
+        watch.cancel()
+        assert in_time, "the program or one of its workers did not end within 20 s"
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), said
 
     def clear(self):

@@ -1,5 +1,6 @@
 """The measurement of the data pipeline: it runs what it names, on the images it is given, and says so."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -87,6 +88,13 @@ def test_images_are_made_when_no_folder_is_named_and_removed(temporary, cli, mon
     assert "2 images made to be like photographs: 570 x 428" in output
     assert "--workers 0" in output
     assert not list(temporary.iterdir())
+
+    def full(place, count):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_data, "make_photographs", full)
+        assert "set TMPDIR to a folder" in cli(bench.main, "data", *TINY)[2]
 
     def interrupted(paths, *_):
         assert all(Path(path).parent.parent == temporary for path in paths)

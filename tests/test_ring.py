@@ -21,6 +21,10 @@ from moco.errors import UserError
 from moco.memory import free_memory
 from moco.ring import RingLoader
 from moco.slots import Layout, Slots
+from moco.workers import Crew
+
+# More workers than cores are meant here, and torch warns of them.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 CPU = torch.device("cpu")
 RECORD = np.dtype([("top", "<i4"), ("flip", "?")])
@@ -372,8 +376,16 @@ def test_ctrl_c_ends_the_workers(start):
     assert program.end() == (130, "\ninterrupted\n")
 
 
+@pytest.mark.parametrize("late", [0, 0.5])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_workers_leave_when_the_program_is_killed(start, number):
+def test_workers_leave_when_the_program_is_killed(start, number, late, monkeypatch):
+    real = Crew.start
+
+    def start_late(crew, worker):  # the parent is gone before the worker looks at it
+        time.sleep(late)
+        real(crew, worker)
+
+    monkeypatch.setattr(Crew, "start", start_late)
     program = start(fill_for_ever)
     assert all(map(lives, program.workers))
     os.kill(program.pid, number)
