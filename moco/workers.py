@@ -29,6 +29,7 @@ class Crew:
             self._over = SharedMemory(1)
         except OSError:  # then they end as the DataLoader has it, by a message
             self._over = None
+        self._owner = os.getpid()
         atexit.register(self.end)  # later than multiprocessing's own, and so called earlier
 
     def start(self, _):
@@ -43,7 +44,7 @@ class Crew:
     def end(self):
         """Tell the workers to leave; they do within a fifth of a second. Nothing they gave is to be used."""
         atexit.unregister(self.end)
-        if self._over:
+        if self._over and os.getpid() == self._owner:  # a forked copy of the loader may be deleted or exit
             self._over.array[0] = 1
 
     def _leave_in_time(self):

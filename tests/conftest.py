@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -17,6 +18,9 @@ from PIL import Image
 from moco.errors import run_program
 
 torch.set_num_threads(1)  # two cores: the ranks of a test are its parallelism
+
+# A shell starts background commands with Ctrl-C ignored, which their children inherit; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _rank_main(function, rank, world, folder, arguments, results):
