@@ -23,6 +23,7 @@ class Program:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran here before may have set it
             os.dup2(write, 2)
             sys.stderr = os.fdopen(2, "w")
             sys.argv = ["program"]

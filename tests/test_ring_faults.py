@@ -69,8 +69,12 @@ def test_a_dead_worker_ends_the_run_with_a_message(start):
 
 
 def test_what_a_worker_raises_is_the_message(start):
-    said = "program: error: photo 33.jpg cannot be read as an image; mend or remove it\n"
-    assert start(fill_but_one).end() == (2, said)
+    said = "photo 33.jpg cannot be read as an image; mend or remove it"
+    assert start(fill_but_one).end() == (2, f"program: error: {said}\n")
+    loader = RingLoader(fill_but_one, Numbers(200, 20), Layout(2, 20, SAMPLE, RECORD), 2, CPU)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    assert str(caught.value) == said
 
 
 def test_ctrl_c_ends_the_workers(start):
@@ -98,21 +102,38 @@ def test_workers_leave_when_the_program_is_killed(start, number, late, monkeypat
     assert time.monotonic() - begin < 5
 
 
-def test_a_forked_copy_of_a_loader_leaves_its_workers_alone():
+@pytest.fixture
+def loading():
+    """A loader of ten batches, its iterator after the first, and the process numbers of its two workers."""
     loader = RingLoader(fill, Numbers(200, 20), Layout(2, 20, SAMPLE, RECORD), 2, CPU)
     batches = iter(loader)
     next(batches)
+    workers = [worker.pid for worker in loader._loader._iterator._workers]
+    yield loader, batches, workers
+    loader._crew.end()
+    assert gone_within(5, lambda: not any(map(lives, workers)))
+
+
+def test_workers_leave_signals_to_the_program(loading):
+    _, batches, workers = loading
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker, number)
+    time.sleep(0.3)
+    assert len([batch.targets for batch in batches]) == 9
+    assert all(map(lives, workers))
+
+
+def test_a_forked_copy_of_a_loader_leaves_its_workers_alone(loading):
+    loader, batches, workers = loading
     copy = os.fork()
     if copy == 0:
         loader._crew.end()
         os._exit(0)
     assert os.waitpid(copy, 0)[1] == 0
     time.sleep(0.5)
-    assert len(list(batch.targets for batch in batches)) == 9
-    workers = [worker.pid for worker in loader._loader._iterator._workers]
+    assert len([batch.targets for batch in batches]) == 9
     assert all(map(lives, workers))
-    loader._crew.end()
-    assert gone_within(5, lambda: not any(map(lives, workers)))
 
 
 PROGRAM = """
