@@ -27,7 +27,7 @@ class Crew:
     def __init__(self):
         try:
             self._over = SharedMemory(1)
-        except OSError:  # then they end as the DataLoader has it, by a message
+        except OSError:  # then they obey SIGTERM
             self._over = None
         self._owner = os.getpid()
         atexit.register(self.end)  # later than multiprocessing's own, and so called earlier
@@ -36,7 +36,7 @@ class Crew:
         """What a worker does first."""
         # Ctrl-C and a scheduler's signals reach the whole process group, but the training process is to
         # stop in its own time: with a checkpoint, and with workers until then.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGUSR1, *([signal.SIGTERM] if self._over else [])):
             signal.signal(number, signal.SIG_IGN)
         torch.set_num_threads(1)
         threading.Thread(target=self._leave_in_time, daemon=True).start()
