@@ -7,6 +7,7 @@ import torch
 
 from moco.errors import UserError
 from moco.files import atomic_file
+from moco.workers import worker_errors
 
 # What DistributedDataParallel and torch.compile put before or into the names of a model's tensors.
 WRAPPER_PREFIX = "module."
@@ -19,7 +20,8 @@ def save_checkpoint(checkpoint, path):
     Raises UserError when the disk is full or the folder cannot be written to.
     """
     try:
-        with atomic_file(path) as temporary:
+        # The death of a data worker is a RuntimeError too, raised wherever the program is at that moment.
+        with atomic_file(path) as temporary, worker_errors():
             torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.

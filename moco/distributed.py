@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco.cores import available_cores
 from moco.errors import UserError
+from moco.workers import worker_errors
 
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
@@ -147,7 +148,8 @@ def check_agreement(settings):
 def _run(worker, arguments, url, backend, gpu):
     process = _join(url, backend, gpu)
     try:
-        worker(process, *arguments)
+        with worker_errors():  # the death of a data worker can surface anywhere in the program
+            worker(process, *arguments)
     except RuntimeError as error:
         if process.world_size > 1 and re.search("Connection (closed|reset) by peer", str(error)):
             raise UserError("another process of the run ended; its message says why") from error

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +182,19 @@ def test_ctrl_c_ends_quietly(folders, tmp_path):
     assert run.returncode == 130
     assert errors.strip() == "interrupted"
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_a_killed_data_worker_ends_the_run_with_a_sentence(folders, tmp_path):
+    words = [*MOCO, "--workers", "1", "--epochs", "1000", str(folders), "--output-dir", str(tmp_path)]
+    run = subprocess.Popen(
+        [sys.executable, "main_moco.py", *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not run.stdout.readline().startswith("epoch 0"):
+        assert run.poll() is None
+    [worker] = (Path("/proc") / str(run.pid) / "task" / str(run.pid) / "children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert f"data worker {worker} is killed by signal" in errors
+    assert "Traceback" not in errors
