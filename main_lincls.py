@@ -19,11 +19,12 @@ from moco.checkpoint import (
     save_checkpoint,
 )
 from moco.data import labelled_folders
-from moco.distributed import check_agreement, from_first, launch, sum_over_processes, wrap
+from moco.distributed import check_agreement, from_first, sum_over_processes, wrap
 from moco.draws import linear_train
 from moco.encoders import base_encoder
 from moco.errors import UserError, run_program
 from moco.finish import finisher
+from moco.launch import launch
 from moco.meters import StepLog, check_finite
 from moco.options import (
     check_output,

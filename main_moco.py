@@ -15,11 +15,12 @@ from moco import losses
 from moco.builder import MoCo
 from moco.checkpoint import check_arch, continue_from, read_checkpoint, save_checkpoint
 from moco.data import image_folder
-from moco.distributed import check_agreement, from_first, launch, sum_over_processes, wrap
+from moco.distributed import check_agreement, from_first, sum_over_processes, wrap
 from moco.draws import moco_v1, moco_v2
 from moco.encoders import base_encoder
 from moco.errors import UserError, run_program
 from moco.finish import finisher
+from moco.launch import launch
 from moco.meters import StepLog, check_finite
 from moco.options import (
     check_output,

@@ -14,8 +14,9 @@ from command_lines import MOCO, ROOT, losses_of, program
 
 import main_lincls
 import main_moco
-from moco.distributed import launch, sum_over_processes
+from moco.distributed import sum_over_processes
 from moco.errors import UserError
+from moco.launch import launch
 
 
 def two_nodes(port, folders, outs, *more):
