@@ -47,8 +47,9 @@ class Epochs:
 def transports(size, batch_size, workers):
     """Three ways for batches of ready-made samples, which cost a worker a copy: Epochs by their name."""
     check_shared_memory(size, batch_size, workers)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, size, size), np.uint8)
-    views = [*torch.from_numpy(pixels)]
+    pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
+    pixels = np.moveaxis(pixels, -1, 1)  # interleaved channels, as a resize makes them
+    views = [view.contiguous() for view in torch.from_numpy(pixels)]
     few, many = (each * workers * batch_size for each in (8, 32))
     epochs = {
         "float32, default collate": _plain([view.float() for view in views], few, batch_size, workers),

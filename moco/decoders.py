@@ -62,8 +62,8 @@ def read_pixels(path, decode):
 def read_bytes(path):
     """The bytes of a file. Raises UserError that names it."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
     except OSError as error:
         raise _unreadable(path, error) from error
 

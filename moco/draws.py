@@ -4,12 +4,15 @@ A draw says where to crop and what to do to the colours; it touches no pixel. Wh
 (moco.views) or on a device (moco.photometric), in whichever process and batch, gets the same sample.
 """
 
+import hashlib
 import math
+import struct
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from moco.seeds import SAMPLE, fold
+from moco.seeds import SAMPLE
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ VIEW = np.dtype(
     ]
 )
 
+PACKED = struct.Struct("<4i3?4b5f")  # VIEW's bytes; packing them is ten times as fast as numpy's conversion
+
 TRIES = 10  # boxes that may fail to fit before the central one is taken, as in RandomResizedCrop
 NUMBERS = 2 * TRIES + 2 + 9 + 4  # uniform numbers of a view: its tries and place, the rest, the order's keys
 
@@ -76,40 +81,60 @@ def draw(recipe, width, height, seed, epoch, index, views=2):
     RandomGrayscale and RandomHorizontalFlip, and a uniform sigma. Each view takes the same count of numbers
     whatever comes of them: so view 0 does not depend on `views`, nor a box on a recipe's probabilities.
     """
-    generator = np.random.default_rng(fold(seed, SAMPLE, epoch, index))
-    rows = generator.random((views, NUMBERS)).tolist()  # Python's floats: numpy's scalars are slower
-    return np.array([_view(recipe, width, height, row) for row in rows], VIEW)
+    numbers = _uniform(views * NUMBERS, seed, SAMPLE, epoch, index)
+    drawn = [
+        _view(recipe, width, height, numbers[first : first + NUMBERS])
+        for first in range(0, views * NUMBERS, NUMBERS)
+    ]
+    return np.frombuffer(bytearray(b"".join(drawn)), VIEW)
+
+
+def _uniform(count, *position):
+    """`count` floats in [0, 1) that are a function of `position`, as SHAKE-128 makes them of its digits.
+
+    A hash has no state to be set up: it takes a fifth of the time of seeding a generator for each sample.
+    """
+    digits = b",".join(b"%d" % number for number in position)
+    integers = np.frombuffer(hashlib.shake_128(digits).digest(8 * count), "<u8")
+    return ((integers >> np.uint64(11)) * 2.0**-53).tolist()  # Python's floats: numpy's scalars are slower
 
 
 def _view(recipe, width, height, numbers):
-    """One view, as a tuple in the order of VIEW, from NUMBERS uniform numbers in [0, 1)."""
-    box = _box(recipe.scale, recipe.ratio, width, height, numbers[: 2 * TRIES + 2])
+    """One view as PACKED bytes, from NUMBERS uniform numbers in [0, 1)."""
     jitter, brightness, contrast, saturation, hue, gray, blur, sigma, flip = numbers[2 * TRIES + 2 : -4]
     keys = numbers[-4:]
     a, b, c, d = recipe.jitter
-    return (
-        *box,
+    low, high = recipe.blur_sigma
+    return PACKED.pack(
+        *_box(recipe.scale, recipe.ratio, width, height, numbers),
         jitter < recipe.jitter_p,
         gray < recipe.gray_p,
         flip < recipe.flip_p,
-        sorted(range(4), key=keys.__getitem__),
-        _between(max(0, 1 - a), 1 + a, brightness),
-        _between(max(0, 1 - b), 1 + b, contrast),
-        _between(max(0, 1 - c), 1 + c, saturation),
-        _between(-d, d, hue),
-        _between(*recipe.blur_sigma, sigma) if blur < recipe.blur_p else 0.0,
+        *sorted((0, 1, 2, 3), key=keys.__getitem__),
+        _factor(a, brightness),
+        _factor(b, contrast),
+        _factor(c, saturation),
+        d * (2 * hue - 1),
+        low + (high - low) * sigma if blur < recipe.blur_p else 0.0,
     )
+
+
+def _factor(amount, number):
+    """Uniform in 1 - amount, or 0, to 1 + amount."""
+    low = max(0, 1 - amount)
+    return low + (1 + amount - low) * number
 
 
 def _box(scale, ratio, width, height, numbers):
     """RandomResizedCrop's (top, left, height, width): the first try that fits, else the central crop."""
-    area, log_ratio = width * height, (math.log(ratio[0]), math.log(ratio[1]))
-    *tries, down, right = numbers
-    for size, shape in zip(tries[::2], tries[1::2], strict=True):
-        target = area * _between(*scale, size)
-        aspect = math.exp(_between(*log_ratio, shape))
+    area, smallest, range_ = width * height, scale[0], scale[1] - scale[0]
+    log_low, log_range = _log_range(*ratio)
+    for number in range(0, 2 * TRIES, 2):
+        target = area * (smallest + range_ * numbers[number])
+        aspect = math.exp(log_low + log_range * numbers[number + 1])
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
+            down, right = numbers[2 * TRIES : 2 * TRIES + 2]
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
     w, h = width, height
     if width / height < ratio[0]:
@@ -119,5 +144,6 @@ def _box(scale, ratio, width, height, numbers):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _between(low, high, number):
-    return low + (high - low) * number
+@cache
+def _log_range(low, high):
+    return math.log(low), math.log(high) - math.log(low)

@@ -50,12 +50,12 @@ class Finish:
             self._run = torch.compile(_finish, fullgraph=True, dynamic=False)
 
     def __call__(self, pixels, views):
-        """pixels: uint8 (N, 3, H, W) on the device; views: to_device's. Returns float32 (N, 3, H, W)."""
+        """float32 (N, 3, H, W) from uint8 (N, 3, H, W) with any strides on the device; views: to_device's."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels must be uint8 (N, 3, H, W), not {pixels.dtype} {tuple(pixels.shape)}")
         if len(pixels) != views["flip"].shape[-1]:
             raise ValueError(f"there are {len(pixels)} images and {views['flip'].shape[-1]} views")
-        return self._run(self.arithmetic, self.recipe, pixels, views)
+        return self._run(self.arithmetic, self.recipe, pixels.contiguous(), views)
 
 
 def fastest_finish(recipe, mode, device):

@@ -21,7 +21,7 @@ def finish(tables, recipe, pixels, views):
     tables: a moco.pil_exact.PilExact of the device.
     """
     count, _, height, width = pixels.shape
-    pixels, jittered = pixels.contiguous(), torch.empty_like(pixels, memory_format=torch.contiguous_format)
+    jittered = torch.empty_like(pixels)
     scratch, finished = torch.empty_like(jittered), torch.empty(pixels.shape, device=pixels.device)
     drawn = [views[name] for name in ("kind", "factor", "turned", "hue_byte", "gray")]
     lanes = triton.next_power_of_2(width)

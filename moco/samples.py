@@ -51,8 +51,7 @@ class TrainingSample:
         image = self.photographs.pixels(index)
         height, width = image.shape[:2]
         records = draw(self.recipe, width, height, self.seed, epoch, index, len(batch.pixels))
-        for record, pixels in zip(records, batch.pixels[:, position], strict=True):
-            view = torch.from_numpy(pixels)
+        for record, view in zip(records, torch.from_numpy(batch.pixels[:, position]).unbind(), strict=True):
             crop_resize(image, record, self.size, self.resize, out=view)
             if self.photometric:
                 view.copy_(photometric_pil(view, record, self.recipe.gray_first))

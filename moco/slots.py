@@ -24,8 +24,9 @@ class Batch(NamedTuple):
 class Layout:
     """What a batch of at most `size` samples looks like.
 
-    sample: the shape of one view, such as (3, 224, 224); record: numpy's dtype of what belongs to a view
-    beside its pixels; dtype: that of the pixels.
+    sample: the shape of one view, such as (3, 224, 224), whose first axis varies fastest in memory: images
+    have interleaved channels, as decoders and resizes make them. record: numpy's dtype of what belongs to a
+    view beside its pixels; dtype: that of the pixels.
     """
 
     views: int
@@ -46,14 +47,14 @@ class Layout:
         for shape, dtype in self._arrays(self.size):
             arrays.append(np.ndarray(shape, dtype, memory, start))
             start += _whole_pages(arrays[-1].nbytes)
-        return Batch(*arrays)
+        return _batch(*arrays)
 
     def empty(self, count):
         """A Batch of new arrays for `count` samples."""
-        return Batch(*(np.empty(shape, dtype) for shape, dtype in self._arrays(count)))
+        return _batch(*(np.empty(shape, dtype) for shape, dtype in self._arrays(count)))
 
     def _arrays(self, count):
-        pixels = (self.views, count, *self.sample), np.dtype(self.dtype)
+        pixels = (self.views, count, *self.sample[1:], self.sample[0]), np.dtype(self.dtype)
         records = (self.views, count), np.dtype(self.record)
         return pixels, records, ((count,), np.dtype(np.int64))
 
@@ -102,6 +103,10 @@ class Slots:
         """Nobody writes any more, and nobody will read what was written."""
         self.free.extend(sorted(self.written))
         self.written.clear()
+
+
+def _batch(pixels, records, targets):
+    return Batch(np.moveaxis(pixels, -1, 2), records, targets)
 
 
 def _whole_pages(size):

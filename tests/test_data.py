@@ -35,11 +35,12 @@ def test_processes_share_the_same_global_batches():
 
 
 def batches_of(
-    folders, workers, seed, epoch=1, size=8, device_aug="off", resize="pil", recipe=None, cache=None, **rank
-):
+    folders, workers, seed, epoch=1, size=8, device_aug="off", resize="pil", recipe=None, cache=None,
+    image_size=16, **rank,
+):  # fmt: skip
     """The finished batches (q, k, target) of an epoch."""
     recipe = recipe or moco_v2()
-    loader = Loading(16, resize, size, workers, cache=cache).training(
+    loader = Loading(image_size, resize, size, workers, cache=cache).training(
         image_folder(folders, "train"), recipe, process(**rank), seed, photometric=device_aug == "off"
     )
     loader.batch_sampler.epoch = epoch
