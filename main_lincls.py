@@ -23,9 +23,10 @@ from moco.distributed import check_agreement, from_first, sum_over_processes, wr
 from moco.draws import linear_train
 from moco.encoders import base_encoder
 from moco.errors import UserError, run_program
+from moco.execution import execution_of
 from moco.finish import finisher
 from moco.launch import launch
-from moco.meters import StepLog, check_finite
+from moco.meters import StepLog, accuracy, check_finite
 from moco.options import (
     check_output,
     check_shared,
@@ -87,6 +88,7 @@ def evaluate_features(process, args, folder):
     source = args.resume or args.pretrained
     checkpoint = read_checkpoint(source) if source else {}
     check_arch(checkpoint, args.arch, source)
+    execution = execution_of(process.device, args.amp, args.channels_last, args.compile, args.fast)
     seed = from_first(run_seed(args.seed, checkpoint if args.resume else {}))
 
     # Data: training samples are shared out batch by batch, validation images one by one.
@@ -113,29 +115,33 @@ def evaluate_features(process, args, folder):
         load_strictly(model, checkpoint["state_dict"], source)
     elif args.pretrained:
         load_strictly(model, encoder_state(checkpoint, source), source, may_miss=("fc.weight", "fc.bias"))
+    execution.prepare(model)
     model = wrap(model.to(process.device), process)
     optimizer = torch.optim.SGD(
-        model.module.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        model.module.fc.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
     start_epoch, best_acc1 = args.start_epoch, 0.0
     if args.resume and not args.evaluate:
-        start_epoch = continue_from(checkpoint, args.resume, model.module, optimizer, args.epochs)
+        start_epoch = continue_from(
+            checkpoint, args.resume, model.module, optimizer, args.epochs, execution.scaler
+        )
         best_acc1 = float(checkpoint.get("best_acc1", 0.0))
     frozen = {name: t.clone() for name, t in model.module.state_dict().items() if not name.startswith("fc.")}
 
     say(f"{len(train)} training and {len(val)} validation images of {folder}, {classes} classes; seed {seed}")
     say(loading_line(train_loader, loading))
     say(how)
+    say(execution)
     say(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
     if args.evaluate:
-        validate(args, process, val_loader, model)
+        validate(args, process, val_loader, execution, model)
         return
 
     for epoch in range(start_epoch, args.epochs):
         set_learning_rate(optimizer, learning_rate(args.lr, epoch, args.epochs, milestones=args.schedule))
         train_loader.batch_sampler.epoch = epoch
-        train_epoch(args, process, train_loader, finish, model, optimizer, epoch)
-        acc1 = validate(args, process, val_loader, model)
+        train_epoch(args, process, train_loader, finish, execution, model, optimizer, epoch)
+        acc1 = validate(args, process, val_loader, execution, model)
         if epoch == start_epoch:
             check_frozen(model.module, frozen)
 
@@ -147,6 +153,7 @@ def evaluate_features(process, args, folder):
                 "state_dict": model.state_dict(),
                 "best_acc1": best_acc1,
                 "optimizer": optimizer.state_dict(),
+                **({"scaler": execution.scaler.state_dict()} if execution.scaler.is_enabled() else {}),
                 "seed": seed,
             }
             for name in ["checkpoint.pth.tar"] + ["model_best.pth.tar"] * is_best:
@@ -154,7 +161,7 @@ def evaluate_features(process, args, folder):
     say(f"best Acc@1 {best_acc1:.3f} (chance {100 / classes:.3f})")
 
 
-def train_epoch(args, process, loader, finish, model, optimizer, epoch):
+def train_epoch(args, process, loader, finish, execution, model, optimizer, epoch):
     """One pass over the training data with the backbone in evaluation mode, so that its BatchNorm stays
     as it is.
     """
@@ -163,25 +170,28 @@ def train_epoch(args, process, loader, finish, model, optimizer, epoch):
     for batch in log.steps():
         [images], target = finish(batch), batch.targets
 
-        output = model(images)  # N x classes
+        with execution.autocast():
+            output = model(images).float()  # N x classes
         loss = F.cross_entropy(output, target)
 
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        log.update(loss, output, target)
+        execution.scaler.scale(loss).backward()
+        execution.scaler.step(optimizer)
+        execution.scaler.update()
+        log.update(loss, accuracy(output, target), len(target))
     check_finite(sum_over_processes(log.loss.total_tensor(process.device)), epoch, optimizer)
 
 
 @torch.no_grad()
-def validate(args, process, loader, model):
+def validate(args, process, loader, execution, model):
     """Top-1 accuracy in percent on the validation set, each image counted once in all processes."""
     model.eval()
     log = StepLog("Test: ", loader, args.print_freq if process.is_first else 0)
     for batch in log.steps():
-        output = model.module(normalise(batch.pixels[0]))  # past DDP: processes may differ in steps
+        with execution.autocast():  # past DDP, as processes may differ in steps
+            output = model.module(normalise(batch.pixels[0])).float()
         target = batch.targets
-        log.update(F.cross_entropy(output, target), output, target)
+        log.update(F.cross_entropy(output, target), accuracy(output, target), len(target))
 
     sums = torch.tensor([float(log.top1.total), float(log.top5.total), log.top1.count], dtype=torch.float64)
     acc1, acc5, count = sum_over_processes(sums.to(process.device)).tolist()

@@ -19,9 +19,10 @@ from moco.distributed import check_agreement, from_first, sum_over_processes, wr
 from moco.draws import moco_v1, moco_v2
 from moco.encoders import base_encoder
 from moco.errors import UserError, run_program
+from moco.execution import execution_of
 from moco.finish import finisher
 from moco.launch import launch
-from moco.meters import StepLog, check_finite
+from moco.meters import StepLog, check_finite, rank_accuracy
 from moco.options import (
     check_output,
     check_shared,
@@ -33,7 +34,7 @@ from moco.options import (
 )
 from moco.progress import duration
 from moco.schedules import learning_rate, set_learning_rate
-from moco.seeds import STEP, fold, run_seed
+from moco.seeds import STEP, fold, run_seed, shuffle_order
 
 
 def parse_args():
@@ -115,6 +116,9 @@ def pretrain(process, args, folder):
     say = print if process.is_first else lambda *_: None
     checkpoint = read_checkpoint(args.resume) if args.resume else {}
     check_arch(checkpoint, args.arch, args.resume)
+    execution = execution_of(
+        process.device, args.amp, args.channels_last, args.compile, args.fast, args.bn_splits
+    )
     seed = from_first(run_seed(args.seed, checkpoint))
 
     # Data: every process loads its part of each global batch.
@@ -134,11 +138,16 @@ def pretrain(process, args, folder):
         base_encoder(args.arch), args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp,
         epsilon=args.epsilon, bn_splits=args.bn_splits,
     )  # fmt: skip
-    model = wrap(model.to(process.device), process)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    execution.prepare(model.encoder_q, model.encoder_k)
+    model = wrap(model.to(process.device), process, identical=("queue", "queue_ptr"))
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
+    )
     start_epoch = args.start_epoch
     if checkpoint:
-        start_epoch = continue_from(checkpoint, args.resume, model.module, optimizer, args.epochs)
+        start_epoch = continue_from(
+            checkpoint, args.resume, model.module, optimizer, args.epochs, execution.scaler
+        )
         for name, value in checkpoint.get("settings", {}).items():
             if settings(args).get(name, value) != value:
                 say(f"note: {name} was {value} in {args.resume} and is {settings(args)[name]} from here on")
@@ -150,6 +159,7 @@ def pretrain(process, args, folder):
     say(f"processes: {process.world_size}, on {process.device.type}")
     say(loading_line(loader, loading))
     say(how)
+    say(execution)
     chance = losses.chance(args.moco_k, args.method, args.epsilon or 0.0, args.alpha or 0.0, args.moco_t)
     for line in notes(args, chance, len(images), process.world_size * args.bn_splits):
         say(line)
@@ -159,7 +169,7 @@ def pretrain(process, args, folder):
         lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
         set_learning_rate(optimizer, lr)
         batches.epoch = epoch
-        loss = train_epoch(args, process, loader, finish, model, optimizer, epoch, seed)
+        loss = train_epoch(args, process, loader, finish, execution, model, optimizer, epoch, seed)
 
         seconds = (time.monotonic() - start) / (epoch + 1 - start_epoch)
         fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
@@ -175,6 +185,7 @@ def pretrain(process, args, folder):
                     "arch": args.arch,
                     "state_dict": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    **({"scaler": execution.scaler.state_dict()} if execution.scaler.is_enabled() else {}),
                     "seed": seed,
                     "settings": settings(args),
                 },
@@ -182,26 +193,24 @@ def pretrain(process, args, folder):
             )
 
 
-def train_epoch(args, process, loader, finish, model, optimizer, epoch, seed):
+def train_epoch(args, process, loader, finish, execution, model, optimizer, epoch, seed):
     """One pass over the data. Returns the mean loss of this process; UserError when it is not finite."""
     model.train()
+    weights = losses.weights(args.method, args.alpha)
     log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0)
     for step, batch in enumerate(log.steps()):
         im_q, im_k = finish(batch)  # N x 3 x H x W each
 
-        torch.manual_seed(fold(seed, STEP, epoch, step, process.rank))  # for shuffle-BN and dropout
-        logits, *logits_ifm, labels = model(im_q, im_k)  # N x (1+K)
-        if args.method == "ifm":
-            loss = losses.ifm(logits, *logits_ifm, labels, args.alpha)
-        elif args.method == "ifm_only":
-            loss = losses.info_nce(*logits_ifm, labels)
-        else:
-            loss = losses.info_nce(logits, labels)
+        torch.manual_seed(fold(seed, STEP, epoch, step, process.rank))  # for dropout
+        order = shuffle_order(seed, epoch, step, len(im_q) * process.world_size)
+        with execution.autocast():
+            loss, ranks = model(im_q, im_k, weights=weights, order=order)
 
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        log.update(loss, logits, labels)
+        execution.scaler.scale(loss).backward()
+        execution.scaler.step(optimizer)
+        execution.scaler.update()
+        log.update(loss, rank_accuracy(ranks), len(ranks))
     check_finite(sum_over_processes(log.loss.total_tensor(process.device)), epoch, optimizer)
     return log.loss.mean
 

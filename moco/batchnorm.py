@@ -5,6 +5,7 @@ key must not share statistics, or the model finds its positives by them. One pro
 it is split here.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -29,6 +30,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         N, C, H, W = x.shape
         if N % self.splits:
             raise ValueError(f"a batch of {N} cannot be split into {self.splits} equal BatchNorm groups")
+        if torch.compiler.is_compiling():
+            return self._by_formula(x)
         per_group = [None if t is None else t.repeat(self.splits) for t in (self.weight, self.bias)]
         running = [
             None if t is None else t.repeat(self.splits) for t in (self.running_mean, self.running_var)
@@ -45,6 +48,25 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.copy_(running[0][:C])
             self.running_var.copy_(running[1][:C])
         return y.reshape(N, C, H, W)
+
+    def _by_formula(self, x):
+        """The same as formulas, which a compiler joins into two passes in any layout of x.
+
+        Eager kernels take the groups for channels, and so need them beside each other in memory: with
+        channels_last that costs a copy.
+        """
+        groups = x.unflatten(0, (-1, self.splits))  # n x splits x C x H x W
+        groups = groups if x.dtype == torch.float64 else groups.float()
+        var, mean = torch.var_mean(groups, dim=(0, 3, 4), correction=0, keepdim=True)
+        momentum = self._momentum()
+        if self.track_running_stats:
+            count = groups.shape[0] * groups.shape[3] * groups.shape[4]
+            for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                running.copy_((1 - momentum) * running + momentum * new[0, 0, :, 0, 0].detach())
+        y = (groups - mean) * torch.rsqrt(var + self.eps)
+        if self.affine:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.to(x.dtype).flatten(0, 1)
 
     def _momentum(self):
         if self.track_running_stats:

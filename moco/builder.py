@@ -7,11 +7,12 @@ Robinson et al., "Can contrastive learning avoid shortcut solutions?", NeurIPS 2
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from moco.batchnorm import deinterleave, interleave, split_batchnorm
+from moco.contrast import contrast
+from moco.shuffle import batch_shuffle, concat_all_gather, rank, world_size
 
 
 class MoCo(nn.Module):
@@ -49,34 +50,41 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, im_q, im_k, epsilon=None):
+    def forward(self, im_q, im_k, epsilon=None, *, weights=None, order=None):
         """Contrast two views of N images (N x 3 x H x W each) and put the keys into the queue.
 
         Returns logits (N x (1+K), the positive first, divided by T), then, when an epsilon is given here
         or at construction, logits_ifm of the same shape, then labels (N, int64, all 0).
+        With `weights`, of the plain and of the perturbed loss (moco.losses.weights), it returns
+        moco.contrast's loss and ranks instead, the same numbers for less time and memory.
+        order: a permutation of all processes' images (N*world,), int64 on the CPU and equal on all, in which
+        the key encoder gets them; drawn on rank 0 when left out.
         """
         q = self._encode(self.encoder_q, im_q)  # N x C
 
         with torch.no_grad():
             self._momentum_update_key_encoder()
-            im_k, idx_unshuffle = self._batch_shuffle(im_k)
+            im_k, idx_unshuffle = batch_shuffle(im_k, order)
             k = self._encode(self.encoder_k, im_k)  # N x C, of the images that shuffling brought here
             keys = concat_all_gather(k)[idx_unshuffle]  # N*world x C, in rank order
-            k = keys.chunk(_world_size())[_rank()]  # N x C, of our images
+            k = keys.chunk(world_size())[rank()]  # N x C, of our images
 
+        epsilon = self.epsilon if epsilon is None else epsilon
         with torch.autocast(q.device.type, enabled=False):  # similarities keep their full precision
-            l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)  # N x 1
-            l_neg = q @ self.queue.clone()  # N x K; the queue changes before the backward pass reads it
-
-            epsilon = self.epsilon if epsilon is None else epsilon
-            outputs = [torch.cat([l_pos, l_neg], dim=1) / self.T]  # N x (1+K)
-            if epsilon is not None:
-                outputs.append(ifm_logits(l_pos, l_neg, epsilon, self.T))  # N x (1+K)
-
+            if weights is None:
+                outputs = self._logits(q, k, epsilon)
+            else:
+                outputs = contrast(q, k, self.queue, self.T, weights, 2 * (epsilon or 0.0) / self.T)
         self._dequeue_and_enqueue(keys)
+        return outputs
 
-        labels = torch.zeros(len(q), dtype=torch.long, device=q.device)  # N
-        return *outputs, labels
+    def _logits(self, q, k, epsilon):
+        l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)  # N x 1
+        l_neg = q @ self.queue.clone()  # N x K; the queue changes before the backward pass reads it
+        outputs = [torch.cat([l_pos, l_neg], dim=1) / self.T]  # N x (1+K)
+        if epsilon is not None:
+            outputs.append(ifm_logits(l_pos, l_neg, epsilon, self.T))  # N x (1+K)
+        return *outputs, torch.zeros(len(q), dtype=torch.long, device=q.device)
 
     def _encode(self, encoder, images):
         features = deinterleave(encoder(interleave(images, self.bn_splits)), self.bn_splits)  # N x C
@@ -88,18 +96,6 @@ class MoCo(nn.Module):
         keys, queries = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
         torch._foreach_mul_(keys, self.m)
         torch._foreach_add_(keys, torch._foreach_mul(queries, 1.0 - self.m))
-
-    @torch.no_grad()
-    def _batch_shuffle(self, images):
-        """Give each process N images of the whole batch, in an order drawn on rank 0, and the order that
-        undoes it.
-        """
-        everyone = concat_all_gather(images)  # N*world x ...
-        idx_shuffle = torch.randperm(len(everyone)).to(images.device)
-        if _world_size() > 1:
-            dist.broadcast(idx_shuffle, src=0)
-        ours = idx_shuffle.chunk(_world_size())[_rank()]
-        return everyone[ours], torch.argsort(idx_shuffle)
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys):
@@ -122,29 +118,9 @@ def ifm_logits(l_pos, l_neg, epsilon, T):
     return torch.cat([l_pos - epsilon, l_neg + epsilon], dim=1) / T
 
 
-@torch.no_grad()
-def concat_all_gather(tensor):
-    """The tensors of all processes (equal shapes), concatenated over dimension 0 in rank order; without
-    gradient.
-    """
-    if _world_size() == 1:
-        return tensor
-    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(_world_size())]
-    dist.all_gather(gathered, tensor.contiguous())
-    return torch.cat(gathered)
-
-
 def _mlp_head(fc):
     return nn.Sequential(nn.Linear(fc.in_features, fc.in_features), nn.ReLU(), fc)
 
 
 def _at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank():
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -85,8 +85,9 @@ def check_arch(checkpoint, arch, path):
         raise UserError(f"{path} is of -a {checkpoint['arch']}, not of -a {arch}")
 
 
-def continue_from(checkpoint, path, model, optimizer, epochs):
-    """Put the state of a checkpoint of the same program into `model` and `optimizer`. Returns the next epoch.
+def continue_from(checkpoint, path, model, optimizer, epochs, scaler=None):
+    """Put the state of a checkpoint of the same program into `model`, `optimizer` and a GradScaler, if it is
+    in use and the checkpoint has one. Returns the next epoch.
 
     Raises UserError when it does not fit or has nothing left to do of `epochs`.
     """
@@ -94,7 +95,12 @@ def continue_from(checkpoint, path, model, optimizer, epochs):
         raise UserError(f"{path} has no optimizer state, so no run can continue from it")
     load_strictly(model, checkpoint["state_dict"], path)
     try:
+        implementation = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, (fused, foreach) in zip(optimizer.param_groups, implementation, strict=True):
+            group.update(fused=fused, foreach=foreach)
+        if scaler is not None and scaler.is_enabled() and "scaler" in checkpoint:
+            scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the optimizer state in {path} is of another model ({_first_line(error)})"

@@ -36,13 +36,17 @@ class Process:
         return max(1, available_cores() // self.host_processes)
 
 
-def wrap(model, process):
+def wrap(model, process, identical=()):
     """DistributedDataParallel in a world of several processes; either way the model is `.module` of the
     result.
+
+    identical: names of buffers that all processes compute alike, which need not be sent from rank 0 to the
+    others before each forward pass as BatchNorm's are.
     """
     if process.world_size == 1:
         return Alone(model)
-    return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(identical))
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
 
 
 class Alone(nn.Module):

@@ -19,6 +19,13 @@ def ifm(logits, logits_ifm, labels, alpha):
     return (info_nce(logits, labels) + alpha * info_nce(logits_ifm, labels)) / (1 + alpha)
 
 
+def weights(method, alpha):
+    """What the plain and the perturbed loss are weighted with: method None, "ifm" or "ifm_only"."""
+    if method is None:
+        return 1.0, 0.0
+    return (0.0, 1.0) if method == "ifm_only" else (1 / (1 + alpha), alpha / (1 + alpha))
+
+
 def chance(K, method=None, epsilon=0.0, alpha=0.0, T=1.0):
     """The loss of a model that gives the positive and all K negatives the same similarity.
 

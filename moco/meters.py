@@ -40,8 +40,8 @@ class StepLog:
     """Time, waiting for data, loss and accuracies of the steps of one pass over a loader, shown as
     upstream shows them.
 
-    `for batch in log.steps(): ...; log.update(loss, logits, labels)` prints `Epoch: [0][ 10/247]`, the
-    meters and the time left, separated by tabs, every `print_freq` steps (0: never).
+    `for batch in log.steps(): ...; log.update(loss, accuracy(logits, labels), N)` prints `Epoch:
+    [0][ 10/247]`, the meters and the time left, separated by tabs, every `print_freq` steps (0: never).
     """
 
     def __init__(self, head, loader, print_freq):
@@ -61,11 +61,10 @@ class StepLog:
             if self.print_freq and step % self.print_freq == 0:
                 print(self._line(step), flush=True)
 
-    def update(self, loss, logits, labels):
-        """Meter the mean loss (0-dim. tensor) and the accuracy of N x classes logits for N labels (int64)."""
-        self.loss.update(loss, len(labels))
-        for meter, percent in zip((self.top1, self.top5), accuracy(logits, labels), strict=True):
-            meter.update(percent, len(labels))
+    def update(self, loss, accuracies, n):
+        """Meter the mean loss and top-1 and top-5 accuracies (0-dim. tensors) of n items."""
+        for meter, value in zip((self.loss, self.top1, self.top5), (loss, *accuracies), strict=True):
+            meter.update(value, n)
 
     def _line(self, step):
         width = len(str(len(self.loader)))
@@ -84,6 +83,12 @@ def accuracy(logits, labels, topk=(1, 5)):
     largest = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # N x k
     hits = largest == labels[:, None]
     return [hits[:, :k].any(dim=1).float().mean() * 100 for k in topk]
+
+
+@torch.no_grad()
+def rank_accuracy(ranks, topk=(1, 5)):
+    """Percentages of N ranks (int64: how many logits are larger than the label's) below each k, 0-dim."""
+    return [(ranks < k).float().mean() * 100 for k in topk]
 
 
 def check_finite(loss, epoch, optimizer):

@@ -100,6 +100,23 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
         "--seed", type=int, metavar="N", help="same seed, same run (default: drawn and printed)"
     )
 
+    speed = parser.add_argument_group("speed (off by default: float32, as published)")
+    speed.add_argument(
+        "--fast", action="store_true",
+        help="all of these that help on this device and keep the mathematics; listed at the start",
+    )  # fmt: skip
+    speed.add_argument(
+        "--amp", choices=("bf16", "fp16"), help="compute encoders in it; losses and weights stay float32"
+    )
+    speed.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, help="interleave channels in memory"
+    )
+    speed.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the encoders; the start takes longer",
+    )
+
     run = parser.add_argument_group("run")
     run.add_argument("--output-dir", default=".", metavar="DIR", help="for all files written (default: here)")
     run.add_argument(
@@ -168,7 +185,8 @@ def data_folder(args):
 
 def loading_of(args, device):
     """Where the photometric half is done ("off": in the workers), and the Loading of the flags."""
-    device_aug = args.device_aug or ("exact" if device.type == "cuda" else "off")
+    on_cuda = "float" if args.fast else "exact"
+    device_aug = args.device_aug or (on_cuda if device.type == "cuda" else "off")
     resize = args.resize or ("pil" if device_aug == "off" else "torch")
     return device_aug, Loading(
         args.image_size, resize, args.batch_size, args.workers, args.decoder, args.cache

@@ -10,12 +10,21 @@ import numpy as np
 import torch
 
 # What a seed is for; folded in first, so that no two uses share a stream.
-ORDER, SAMPLE, STEP = range(3)
+ORDER, SAMPLE, STEP, SHUFFLE = range(4)
 
 
 def fold(seed, *position):
     """A 63-bit seed for `position` (non-negative ints) of the run `seed`, mixed by numpy's SeedSequence."""
     return int(np.random.SeedSequence((seed, *position)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def shuffle_order(seed, epoch, step, count):
+    """The order in which shuffled BatchNorm puts the `count` images of a step: (count,) int64.
+
+    Every process makes it for itself, so that none has to wait for another.
+    """
+    generator = torch.Generator().manual_seed(fold(seed, SHUFFLE, epoch, step))
+    return torch.randperm(count, generator=generator)
 
 
 @contextlib.contextmanager
