@@ -1,0 +1,175 @@
+"""Precision, layout and compilation: what they change, what they must not, and where they are refused."""
+
+from functools import cache
+
+import pytest
+import torch
+from command_lines import MOCO, program
+from torch import nn
+
+import main_moco
+from moco import losses
+from moco.batchnorm import SplitBatchNorm2d
+from moco.builder import MoCo
+from moco.checkpoint import continue_from
+from moco.errors import UserError
+from moco.execution import Execution, execution_of
+from moco.seeds import shuffle_order
+
+CPU = torch.device("cpu")
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
+        self.fc = nn.Linear(32, num_classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+@cache
+def curve(splits=4, order_seed=0, **flags):
+    """The losses of 100 steps of IFM on noisy prototypes, and the model afterwards."""
+    execution = Execution(CPU, **flags)
+    torch.manual_seed(0)
+    model = MoCo(TwoLayers, 32, 256, 0.99, 0.2, mlp=True, epsilon=0.1, bn_splits=splits).train()
+    execution.prepare(model.encoder_q, model.encoder_k)
+    sgd = torch.optim.SGD(model.parameters(), 0.03, 0.9, weight_decay=1e-4, fused=True)
+    generator, found = torch.Generator().manual_seed(1), []
+    prototypes = torch.randn(64, 3, 16, 16, generator=generator)
+    for step in range(100):
+        chosen = prototypes[torch.randint(64, (32,), generator=generator)]
+        views = (chosen + 0.5 * torch.randn(chosen.shape, generator=generator) for _ in range(2))
+        with execution.autocast():
+            loss, _ = model(
+                *views, weights=losses.weights("ifm", 1.0), order=shuffle_order(order_seed, 0, step, 32)
+            )
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        found.append(loss.item())
+    return torch.tensor(found), model
+
+
+def deviation(**changes):
+    """Mean and largest relative deviation from the loss curve of float32."""
+    expected = curve()[0]
+    difference = (curve(**changes)[0] - expected).abs() / expected
+    return difference.mean().item(), difference.max().item()
+
+
+FAST_ON_CUDA = {"amp": "bf16", "channels_last": True, "compile": True}
+
+
+@pytest.mark.parametrize("flags", [{"channels_last": True}, {"compile": True}], ids=str)
+def test_layout_and_compilation_keep_the_loss_curve(flags):
+    assert deviation(**flags)[1] < 1e-5
+
+
+@pytest.mark.parametrize("flags", [{"amp": "bf16"}, FAST_ON_CUDA], ids=str)
+def test_bf16_follows_the_loss_curve(flags):
+    mean, largest = deviation(**flags)
+    assert 0 < mean < 0.006 and largest < 0.05
+
+
+@pytest.mark.parametrize("changes", [{"splits": 2}, {"splits": 1}, {"order_seed": 1}], ids=str)
+def test_the_bands_tell_another_training_apart(changes):
+    mean, largest = deviation(**changes)
+    assert mean > 0.01 and largest > 0.05
+
+
+def test_what_is_kept_is_float32_under_the_same_names():
+    plain, fast = curve()[1].state_dict(), curve(**FAST_ON_CUDA)[1].state_dict()
+    assert plain.keys() == fast.keys()
+    assert all(fast[name].dtype == plain[name].dtype for name in plain)
+    assert fast["encoder_q.conv2.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_split_batchnorm_by_formula_is_that_by_kernels(dtype, layout):
+    torch.manual_seed(0)
+    layers = [SplitBatchNorm2d(5, splits=3) for _ in range(2)]
+    layers[0].weight.data.uniform_(), layers[0].bias.data.normal_()
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, results = torch.randn(12, 5, 4, 3).to(dtype=dtype, memory_format=layout), []
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for layer, run in zip(layers, (layers[0], layers[1]._by_formula), strict=True):
+        layer.to(wide)
+        inputs = x.clone().requires_grad_()
+        for _ in range(2):
+            y = run(inputs)
+        (y.to(wide) ** 3).sum().backward()
+        results.append(
+            [y, inputs.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+        )
+        assert layer.num_batches_tracked == 2
+    close = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2}[dtype]
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
+    assert (layers[0](x[[0, 4, 8] * 4]) - layers[1]._by_formula(x)).abs().max() > 0.1  # negative control
+
+
+def test_what_fast_means_depends_on_the_device():
+    assert str(execution_of(CPU, None, None, None, False)) == "execution: float32"
+    assert execution_of(CPU, None, None, None, True).channels_last
+    assert not execution_of(CPU, None, None, None, True, bn_splits=8).channels_last
+    assert not execution_of(CPU, None, False, None, True).channels_last
+    assert execution_of(CPU, "bf16", None, None, True).amp == "bf16"
+
+
+def test_fast_on_cuda_is_all_of_it(monkeypatch):
+    monkeypatch.setattr(Execution, "check", lambda self: None)
+    execution = execution_of(torch.device("cuda"), None, None, None, True, bn_splits=8)
+    assert (execution.amp, execution.channels_last, execution.compile) == ("bf16", True, True)
+    assert str(execution) == "execution: encoders in bf16, channels_last, compiled encoders"
+    plain = execution_of(torch.device("cuda"), None, None, None, False)
+    assert str(plain) == "execution: convolutions in TF32, matrix products in float32 (torch's settings)"
+
+
+def test_a_scaler_goes_on_where_it_was():
+    model, execution = nn.Linear(2, 1), Execution(CPU)
+    execution.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    execution.scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    execution.scaler.step(sgd), execution.scaler.update()
+    checkpoint = {
+        "epoch": 1, "optimizer": sgd.state_dict(), "state_dict": model.state_dict(),
+        "scaler": execution.scaler.state_dict(),
+    }  # fmt: skip
+    fresh = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert continue_from(checkpoint, "x", model, sgd, 2, fresh) == 1
+    assert fresh.get_scale() == 16.0
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    assert continue_from(checkpoint, "x", model, sgd, 2, off) == 1 and off.state_dict() == {}
+
+
+def test_what_cannot_be_had_is_refused(monkeypatch, cli, folders):
+    code, _, errors = cli(main_moco.main, *MOCO, "--amp", "fp16", folders)
+    assert code == 2 and "fp16 needs a GPU" in errors and errors.count("\n") == 1
+
+    def no_compiler(function):
+        raise RuntimeError("no g++ here\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(UserError, match=r"--compile does not work here \(no g\+\+ here\); .* --no-compile"):
+        execution_of(CPU, None, None, True, False)
+
+
+def test_programs_say_what_they_do_and_take_each_others_checkpoints(folders, tmp_path):
+    words = ["--epochs", "1", "--method", "ifm", "--fast", "--amp", "bf16", "--output-dir", tmp_path, folders]
+    run = program("main_moco.py", *MOCO, *map(str, words))
+    assert run.returncode == 0, run.stderr
+    assert "execution: encoders in bf16, channels_last\n" in run.stdout
+    checkpoint = str(tmp_path / "checkpoint_0000.pth.tar")
+    again = program(
+        "main_moco.py", *MOCO, "--epochs", "2", "--method", "ifm", "--resume", checkpoint,
+        "--output-dir", str(tmp_path), str(folders),
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "note: amp was bf16" in again.stdout and "execution: float32\n" in again.stdout
