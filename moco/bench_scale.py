@@ -22,12 +22,23 @@ from moco.builder import MoCo
 from moco.encoders import base_encoder
 from moco.errors import UserError
 
-ITEMS = {  # of a step, and how the table calls them
+ITEMS = {  # of a step, as the table calls them
     "images": "images to encode",
     "order": "order of the shuffle",
     "keys": "keys",
-    "gradients": "gradients",
-    "buffers": "buffers (rank 0's)",
+    "gradients": "gradients of the query's",
+    "buffers": "buffers before the forward",
+}
+COLUMNS = {"published": "published", "float32": "float32", "half": "--amp bf16", "half_4n": "and 4x batch"}
+OURS = ("float32", "half", "half_4n")
+MOVED_BY = {  # what makes an item smaller, or more pairs share it
+    "images": "half as many bytes with --amp bf16 or fp16; fewer with a smaller --image-size; more GPUs do "
+    "not change them",
+    "keys": "the one item that grows with the GPUs; fewer bytes with a smaller --moco-dim, and with fewer "
+    "images per GPU (--batch-size)",
+    "gradients": "the same for any number of images and, beyond a few, of GPUs; more images per GPU "
+    "(--batch-size) spread them over more pairs; a smaller --arch has fewer",
+    "buffers": "the same for any number of images; more images per GPU (--batch-size) spread them",
 }
 LINK = 50e9  # bytes per second and GPU, each way: 400 Gbit/s, an assumption
 FLOAT32, INT64 = 4, 8
@@ -99,31 +110,117 @@ def images_that_leave(order, images_per_rank, world):
     return torch.bincount(home[home != torch.arange(len(order)) // images_per_rank], minlength=world)
 
 
-def measure(arch="resnet50", batch=32, size=224, dim=128, K=65536, amp=None, mlp=True, worlds=(8, 64, 512)):
-    """The report of a step on so many GPUs, JSON-ready. Nothing runs: it is computed from shapes.
+def measure(arch="resnet50", batch=32, size=224, dim=128, K=65536, mlp=True, worlds=(8, 64, 512)):
+    """The report of a step on so many GPUs, ready for JSON. Nothing runs: it is computed from shapes.
 
-    batch: images per GPU and step (published: 32, 256 on 8 GPUs). amp: None, "bf16" or "fp16". Raises
-    UserError.
+    batch: images per GPU and step (published: 32, which is 256 on 8 GPUs). mlp: with MoCo v2's hidden layer.
+    Raises UserError for an unknown arch and for sizes below 1.
 
-    A row per world: bytes by item of "published", of "float32", this program as it is by default, and of
-    "half", with images of 2 bytes; "seconds" of each over LINK, and "pairs_per_s" of one GPU at which they
-    take as long as its computation.
+    A row per world size has for each column (COLUMNS) the bytes by item, their total in bytes, the seconds
+    that it takes on a link of LINK, and `pairs_per_s`: the rate of one GPU above which the link is slower
+    than the GPU (None in a world of 1). `limits`: the largest item.
     """
-    if amp not in (None, "bf16", "fp16"):
-        raise UserError(f"--amp must be bf16 or fp16, not {amp}")
-    for name, value in {"batch size": batch, "image size": size, "dim": dim, "K": K, **_named(worlds)}.items():
+    for name, value in (("batch", batch), ("size", size), ("dim", dim), ("K", K), ("worlds", min(worlds))):
         if value < 1:
-            raise UserError(f"the {name} must be at least 1, not {value}")
+            raise UserError(f"{name} must be at least 1, not {value}")
     sizes = _sizes(arch, dim, K, mlp)
-    rows = []
-    for world in worlds:
-        sent = {
-            "published": published_per_rank(sizes, batch, size, dim, world),
-            "float32": sent_per_rank(sizes, batch, size, 4, dim, world),
-            "half": sent_per_rank(sizes, batch, size, 2, dim, world),
+    return {
+        "setting": {"arch": arch, "batch": batch, "size": size, "dim": dim, "K": K, "mlp": mlp},
+        "link_bytes_per_s": LINK,
+        "rows": [{"gpus": world, **_columns(sizes, batch, size, dim, world)} for world in worlds],
+    }
+
+
+def _columns(sizes, n, size, dim, world):
+    sent = {
+        "published": (n, published_per_rank(sizes, n, size, dim, world)),
+        "float32": (n, sent_per_rank(sizes, n, size, 4, dim, world)),
+        "half": (n, sent_per_rank(sizes, n, size, 2, dim, world)),
+        "half_4n": (4 * n, sent_per_rank(sizes, 4 * n, size, 2, dim, world)),
+    }
+    columns = {}
+    for name, (images, items) in sent.items():
+        total = sum(items.values())
+        columns[name] = {
+            "bytes": items,
+            "total": total,
+            "seconds": total / LINK,
+            "pairs_per_s": images * LINK / total if total else None,
+            "limits": max(items, key=items.get) if total else None,
         }
-        seconds = {name: sum(items.values()) / LINK for name, items in sent.items()}
-        rate = {name: batch / s if s else None for name, s in seconds.items()}
-        rows.append({"gpus": world, "bytes": sent, "seconds": seconds, "pairs_per_s": rate})
-    setting = {"arch": arch, "batch": batch, "size": size, "dim": dim, "K": K, "amp": amp, "mlp": mlp}
-    return {**setting, "link_bytes_per_s": LINK, "rows": rows}
+    return columns
+
+
+def table(report):
+    """The report as text of at most 80 columns: computed, not measured, and it says so."""
+    setting, rows = report["setting"], report["rows"]
+    head = (
+        "{arch}{}, {batch} images of {size} px per GPU, keys of {dim}, queue of {K}. Computed, not measured: "
+        "payload that leaves a GPU in one step, mean over the GPUs; links of {:.0f} GB/s each are an "
+        "assumption.".format(" with --mlp" * setting["mlp"], report["link_bytes_per_s"] / 1e9, **setting)
+    )
+    parts = [textwrap.wrap(head, 80)]
+    parts += [list(_block(row)) for row in rows]
+    parts.append([line for text in _advice(report) for line in textwrap.wrap(text, 80)])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _block(row):
+    def line(text, cells):
+        return f"{text:28}" + "".join(f"{cell:>13}" for cell in cells)
+
+    columns = [row[name] for name in COLUMNS]
+    yield line(f"{row['gpus']} GPU{'s' * (row['gpus'] > 1)}: MB a step", COLUMNS.values())
+    for item, text in ITEMS.items():
+        yield line(text, (f"{column['bytes'][item] / 1e6:,.2f}" for column in columns))
+    yield line("total", (f"{column['total'] / 1e6:,.2f}" for column in columns))
+    yield line("most of it", (column["limits"] or "-" for column in columns))
+    yield line("ms on the link", (f"{column['seconds'] * 1e3:,.2f}" for column in columns))
+    rates = (column["pairs_per_s"] for column in columns)
+    yield line("link keeps up to, pairs/s", (f"{rate:,.0f}" if rate else "-" for rate in rates))
+
+
+def _advice(report):
+    """What limits this program, not the published one, and the flag that moves it."""
+    limits = dict.fromkeys(row[name]["limits"] for row in report["rows"] for name in COLUMNS if name in OURS)
+    for item in limits:
+        if item:
+            yield f"{ITEMS[item]}: {MOVED_BY[item]}."
+    yield (
+        "Keeps up to: at so many pairs/s a GPU computes for as long as the link sends. DDP sends most "
+        "gradients during the backward pass; images are waited for."
+    )
+    setting, most = report["setting"], max(row["gpus"] for row in report["rows"])
+    if most * setting["batch"] > setting["K"]:
+        yield f"{most} GPUs make more keys in a step than the queue of {setting['K']} holds: raise --moco-k."
+
+
+def _sizes(arch, dim, K, mlp):
+    """Of the model, which is made without memory for its tensors where its construction allows that."""
+    encoder = base_encoder(arch)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return sizes_of(MoCo(encoder, dim, K, mlp=mlp))
+        except NotImplementedError:  # regnet computes while it is made
+            return sizes_of(MoCo(encoder, dim, K, mlp=mlp))
+
+
+def _bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _all_to_all(b, world):
+    return b * (world - 1) / world
+
+
+def _all_gather(b, world):
+    return b * (world - 1)
+
+
+def _broadcast(b, world):
+    return b * (world - 1) / world
+
+
+def _all_reduce(b, world):
+    return 2 * b * (world - 1) / world
