@@ -111,7 +111,13 @@ def measure(arch="resnet50", batch=32, size=224, dim=128, K=65536, amp=None, mlp
     """
     if amp not in (None, "bf16", "fp16"):
         raise UserError(f"--amp must be bf16 or fp16, not {amp}")
-    for name, value in {"batch size": batch, "image size": size, "dim": dim, "K": K, **_named(worlds)}.items():
+    for name, value in {
+        "batch size": batch,
+        "image size": size,
+        "dim": dim,
+        "K": K,
+        **_named(worlds),
+    }.items():
         if value < 1:
             raise UserError(f"the {name} must be at least 1, not {value}")
     sizes = _sizes(arch, dim, K, mlp)
