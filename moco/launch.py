@@ -111,7 +111,10 @@ def _join(url, backend, gpu):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = backend or ("nccl" if has_gpu else "gloo")
     try:
-        dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size)
+        store, *_ = next(dist.rendezvous(url, rank, world_size))
+        # torchrun keeps its store when it starts the processes again: what the dead left there is not ours.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
         raise UserError(_no_meeting(url, rank, error)) from error
     hosts = [None] * world_size
