@@ -5,24 +5,28 @@ this machine:   python main_moco.py --multiprocessing-distributed --world-size 1
 torchrun, on any nodes:    torchrun --nproc_per_node 4 main_moco.py ...
 """
 
+import argparse
 import math
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from moco import losses
 from moco.builder import MoCo
-from moco.checkpoint import check_arch, continue_from, read_checkpoint, save_checkpoint
+from moco.checkpoint import continue_from
 from moco.data import image_folder
-from moco.distributed import check_agreement, from_first, sum_over_processes, wrap
+from moco.distributed import Process, check_agreement, from_first, wrap
 from moco.draws import moco_v1, moco_v2
 from moco.encoders import base_encoder
 from moco.errors import UserError, run_program
-from moco.execution import execution_of
+from moco.execution import Execution, execution_of
 from moco.finish import finisher
 from moco.launch import launch
-from moco.meters import StepLog, check_finite, rank_accuracy
+from moco.meters import StepLog, rank_accuracy
 from moco.options import (
     check_output,
     check_shared,
@@ -33,8 +37,11 @@ from moco.options import (
     shared_parser,
 )
 from moco.progress import duration
+from moco.resume import same_course, start_from
+from moco.run_folder import RunFolder
 from moco.schedules import learning_rate, set_learning_rate
 from moco.seeds import STEP, fold, run_seed, shuffle_order
+from moco.watch import PREEMPTED, Signals, Watch
 
 
 def parse_args():
@@ -70,6 +77,21 @@ def parse_args():
     )
     ifm.add_argument("--epsilon", type=float, metavar="E", help="step of the perturbation (default: 0.1)")
     ifm.add_argument("--alpha", type=float, metavar="A", help="weight of the perturbed loss (default: 1.0)")
+    keeping = parser.add_argument_group("checkpoints")
+    keeping.add_argument(
+        "--keep",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many of the newest epochs' (default: %(default)s)",
+    )
+    keeping.add_argument(
+        "--save-freq",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep every N-th epoch's besides (default: none)",
+    )
     return parser.parse_args()
 
 
@@ -92,9 +114,12 @@ def check(args):
         raise UserError(f"--moco-m must be between 0 and 1, not {args.moco_m}")
     if not 0 < args.moco_t < math.inf:
         raise UserError(f"--moco-t must be above 0, not {args.moco_t}")
-    for name in ("moco_dim", "moco_k", "bn_splits"):
+    for name in ("moco_dim", "moco_k", "bn_splits", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+
+    if args.save_freq < 0:
+        raise UserError(f"--save-freq must be 0 (none) or more, not {args.save_freq}")
 
 
 def main():
@@ -111,11 +136,26 @@ def main():
     )  # fmt: skip
 
 
+@dataclass
+class Run:
+    """What the steps of a run share, in one of its processes."""
+
+    args: argparse.Namespace
+    process: Process
+    seed: int
+    loader: Any
+    finish: Callable
+    execution: Execution
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    watch: Watch
+
+
 def pretrain(process, args, folder):
-    """Train in one process of the run, from the first epoch to the last, with a checkpoint after each."""
+    """Train in one process of the run, from where it stands to the last epoch."""
     say = print if process.is_first else lambda *_: None
-    checkpoint = read_checkpoint(args.resume) if args.resume else {}
-    check_arch(checkpoint, args.arch, args.resume)
+    output = RunFolder(args.output_dir, args.keep, args.save_freq)
+    source, checkpoint = start_from(process, args.resume, output, args.arch, say)
     execution = execution_of(
         process.device, args.amp, args.channels_last, args.compile, args.fast, args.bn_splits
     )
@@ -123,7 +163,7 @@ def pretrain(process, args, folder):
 
     # Data: every process loads its part of each global batch.
     images = image_folder(folder, "train")
-    check_agreement({**settings(args), "images": len(images)})
+    check_agreement({**settings(args), "images": len(images), "checkpoint": str(source)})
     recipe = moco_v2() if args.aug_plus else moco_v1()
     device_aug, loading = loading_of(args, process.device)
     loader = loading.training(
@@ -131,6 +171,7 @@ def pretrain(process, args, folder):
     )
     finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
+    data = {"images": len(images), "global_batch": batches.global_batch}
 
     # Model: equal on all processes, as torch's generator starts from the run's seed on each.
     torch.manual_seed(seed)
@@ -143,14 +184,11 @@ def pretrain(process, args, folder):
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
-    start_epoch = args.start_epoch
+    epoch, step = args.start_epoch, 0
     if checkpoint:
-        start_epoch = continue_from(
-            checkpoint, args.resume, model.module, optimizer, args.epochs, execution.scaler
-        )
-        for name, value in checkpoint.get("settings", {}).items():
-            if settings(args).get(name, value) != value:
-                say(f"note: {name} was {value} in {args.resume} and is {settings(args)[name]} from here on")
+        same_course(checkpoint, source, data, settings(args), say)
+        epoch = continue_from(checkpoint, source, model.module, optimizer, args.epochs, execution.scaler)
+        step = checkpoint.get("step", 0)
 
     say(
         f"{len(images)} images of {folder}, {len(batches)} steps of {batches.global_batch} an epoch; "
@@ -164,55 +202,86 @@ def pretrain(process, args, folder):
     for line in notes(args, chance, len(images), process.world_size * args.bn_splits):
         say(line)
 
-    start = time.monotonic()
-    for epoch in range(start_epoch, args.epochs):
-        lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
-        set_learning_rate(optimizer, lr)
-        batches.epoch = epoch
-        loss = train_epoch(args, process, loader, finish, execution, model, optimizer, epoch, seed)
+    with Signals() as signals:
+        run = Run(args, process, seed, loader, finish, execution, model, optimizer, Watch(signals, process))
+        start, first_epoch = time.monotonic(), epoch
+        for epoch in range(first_epoch, args.epochs):
+            lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
+            set_learning_rate(optimizer, lr)
+            batches.epoch, batches.first = epoch, step
+            log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0, step)
+            if step:
+                log.load_state_dict(checkpoint["log"], process.device)
+            step, told = train_epoch(run, epoch, log)
 
-        seconds = (time.monotonic() - start) / (epoch + 1 - start_epoch)
-        fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
-        say(
-            f"epoch {epoch}: loss {loss:.4f} (chance {chance:.4f}), lr {lr:.3g}, "
-            f"queue {fill:.0%} full, {duration(seconds)} an epoch, "
-            f"{duration(seconds * (args.epochs - epoch - 1))} left"
-        )
-        if process.is_first:
-            save_checkpoint(
-                {
-                    "epoch": epoch + 1,
-                    "arch": args.arch,
-                    "state_dict": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    **({"scaler": execution.scaler.state_dict()} if execution.scaler.is_enabled() else {}),
-                    "seed": seed,
-                    "settings": settings(args),
-                },
-                Path(args.output_dir) / f"checkpoint_{epoch:04d}.pth.tar",
-            )
+            whole = step == len(batches)
+            if whole:
+                seconds = (time.monotonic() - start) / (epoch + 1 - first_epoch)
+                fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
+                say(
+                    f"epoch {epoch}: loss {log.loss.mean:.4f} (chance {chance:.4f}), lr {lr:.3g}, "
+                    f"queue {fill:.0%} full, {duration(seconds)} an epoch, "
+                    f"{duration(seconds * (args.epochs - epoch - 1))} left"
+                )
+            if process.is_first:
+                state = state_of(run, epoch + whole, 0 if whole else step)
+                path = output.save(state | {"log": log.state_dict(), "data": data})
+            if told and not (whole and epoch + 1 == args.epochs):
+                from_first(None)  # all wait for the file: who leaves first may take the others along
+                say(f"stopped in epoch {epoch} after {step} of {len(batches)} steps, as {signals.name} said")
+                say(f"{path} has it all; --resume auto goes on" if process.is_first else "")
+                raise SystemExit(PREEMPTED)
+            step = 0
 
 
-def train_epoch(args, process, loader, finish, execution, model, optimizer, epoch, seed):
-    """One pass over the data. Returns the mean loss of this process; UserError when it is not finite."""
-    model.train()
+def train_epoch(run, epoch, log):
+    """Train on the batches that are left of an epoch, unless a process of the run is told to stop.
+
+    Returns how many of its steps are done and whether one was told. Raises UserError on all processes
+    when a loss is not finite on one; nothing has been saved since the last one that was.
+    """
+    args, model, optimizer, scaler = run.args, run.model, run.optimizer, run.execution.scaler
     weights = losses.weights(args.method, args.alpha)
-    log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0)
-    for step, batch in enumerate(log.steps()):
-        im_q, im_k = finish(batch)  # N x 3 x H x W each
+    model.train()
+    step = log.first - 1
+    for step, batch in enumerate(log.steps(), log.first):
+        im_q, im_k = run.finish(batch)  # N x 3 x H x W each
 
-        torch.manual_seed(fold(seed, STEP, epoch, step, process.rank))  # for dropout
-        order = shuffle_order(seed, epoch, step, len(im_q) * process.world_size)
-        with execution.autocast():
+        torch.manual_seed(fold(run.seed, STEP, epoch, step, run.process.rank))  # for dropout
+        order = shuffle_order(run.seed, epoch, step, len(im_q) * run.process.world_size)
+        with run.execution.autocast():
             loss, ranks = model(im_q, im_k, weights=weights, order=order)
 
         optimizer.zero_grad()
-        execution.scaler.scale(loss).backward()
-        execution.scaler.step(optimizer)
-        execution.scaler.update()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         log.update(loss, rank_accuracy(ranks), len(ranks))
-    check_finite(sum_over_processes(log.loss.total_tensor(process.device)), epoch, optimizer)
-    return log.loss.mean
+        told, bad = run.watch.step(loss)
+        if told or bad:
+            break
+    told, bad = run.watch.last()
+    if bad:
+        raise UserError(
+            f"the loss of epoch {epoch} became nan or infinite in step {step} or just before, at lr "
+            f"{optimizer.param_groups[0]['lr']:g}; the checkpoints are as they were: go on from the last "
+            "with a lower --lr, or a higher --moco-t"
+        )
+    return step + 1, told
+
+
+def state_of(run, epoch, step):
+    """A checkpoint: upstream's entries, and what an exact continuation needs besides."""
+    return {
+        "epoch": epoch,
+        "arch": run.args.arch,
+        "state_dict": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        **({"scaler": run.execution.scaler.state_dict()} if run.execution.scaler.is_enabled() else {}),
+        "seed": run.seed,
+        "step": step,
+        "settings": settings(run.args),
+    }
 
 
 def notes(args, chance, images, batchnorm_groups):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from main_moco import train_epoch
+from main_moco import Run, train_epoch
 from moco.bench_report import spread
 from moco.bench_step_report import described, hours, in_turns, timed
 from moco.builder import MoCo
@@ -24,9 +24,11 @@ from moco.encoders import base_encoder
 from moco.errors import UserError
 from moco.execution import execution_of
 from moco.finish import finisher
+from moco.meters import StepLog
 from moco.options import loading_line, loading_of
 from moco.photographs import make_photographs
 from moco.progress import Progress
+from moco.watch import Signals, Watch
 
 EPSILON, ALPHA, T, DIM, LR, SEED = 0.1, 1.0, 0.2, 128, 0.03, 0
 ON_CUDA = {"arch": "resnet50", "batch_size": 512, "size": 224, "moco_k": 65536, "bn_splits": 8}
@@ -101,9 +103,14 @@ def trainer(s, execution, method="ifm"):
     model = wrap(model.to(s.device), s.process)
     optimizer = torch.optim.SGD(model.parameters(), LR, 0.9, weight_decay=1e-4, fused=True)
     args = SimpleNamespace(method=method, alpha=ALPHA, print_freq=0)
-    return lambda loader, finish: train_epoch(
-        args, s.process, loader, finish, execution, model, optimizer, 0, SEED
-    )
+    watch = Watch(Signals(), s.process)
+
+    def run(loader, finish):
+        log = StepLog("", loader, print_freq=0)
+        train_epoch(Run(args, s.process, SEED, loader, finish, execution, model, optimizer, watch), 0, log)
+        return log.loss.mean
+
+    return run
 
 
 def measure(folder, device, *, rounds, steps, workers, device_aug, **sizes):

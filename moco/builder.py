@@ -101,9 +101,12 @@ class MoCo(nn.Module):
     def _dequeue_and_enqueue(self, keys):
         """First in, first out, around the end of the queue, whatever the number of keys."""
         n = len(keys)
-        newest = keys[-self.K :]
-        steps = torch.arange(n - len(newest), n, device=keys.device)
-        self.queue.index_copy_(1, (self.queue_ptr + steps) % self.K, newest.T.to(self.queue.dtype))
+        newest = keys[-self.K :].T.to(self.queue.dtype)
+        steps = torch.arange(n - newest.shape[1], n, device=keys.device)
+        place = (self.queue_ptr + steps) % self.K
+        # A key that is no number would make every later loss so; all processes have the same keys.
+        sound = torch.isfinite(newest).all()
+        self.queue.index_copy_(1, place, torch.where(sound, newest, self.queue[:, place]))
         self.queue_ptr.copy_((self.queue_ptr + n) % self.K)
 
 

@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, read without running what is in them."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 
@@ -17,12 +18,13 @@ COMPILE_MARK = "_orig_mod."
 def save_checkpoint(checkpoint, path):
     """Write a dict of tensors and plain values; `path` shows the old file or the whole new one, never a part.
 
-    Raises UserError when the disk is full or the folder cannot be written to.
+    The dict gets an entry `sha256`, by which read_checkpoint finds out whether a bit has flipped. Raises
+    UserError when the disk is full or the folder cannot be written to.
     """
     try:
         # The death of a data worker is a RuntimeError too, raised wherever the program is at that moment.
         with atomic_file(path) as temporary, worker_errors():
-            torch.save(checkpoint, temporary)
+            torch.save({**checkpoint, "sha256": content_hash(checkpoint)}, temporary)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
         raise UserError(
@@ -48,6 +50,9 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged file fails in whatever part of torch reads the damage
         raise UserError(_unreadable(path, error)) from error
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
+    stored = checkpoint.pop("sha256", None)
+    if stored is not None and stored != content_hash(checkpoint):
+        raise UserError(f"{path} is damaged: its content has not the SHA-256 that was saved with it")
     state = checkpoint["state_dict"]
     named_tensors = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
@@ -55,6 +60,15 @@ def read_checkpoint(path):
     if not (named_tensors and state):
         raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
     return {**checkpoint, "state_dict": plain_names(state)}
+
+
+def content_hash(value):
+    """SHA-256 of tensors and plain values in dicts, lists and tuples, as hexadecimal digits: of the keys, the
+    types, shapes and bytes, in order.
+    """
+    digest = hashlib.sha256()
+    _add_to(digest, value)
+    return digest.hexdigest()
 
 
 def plain_names(state_dict):
@@ -139,6 +153,24 @@ def load_strictly(model, state_dict, path, may_miss=()):
             "and --mlp against those of the checkpoint"
         )
     model.load_state_dict(state_dict, strict=not may_miss)
+
+
+def _add_to(digest, value):
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}".encode())
+        for key, item in value.items():
+            _add_to(digest, key)
+            _add_to(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        for item in value:
+            _add_to(digest, item)
+    else:
+        digest.update(f"{type(value).__name__} {value!r}".encode())
 
 
 def _refuse_compressed(path):

@@ -63,14 +63,15 @@ class EpochBatches:
     """The batches of one process in an epoch as lists of (epoch, index), shuffled anew by (seed, epoch).
 
     The global batches are the same for every number of processes; process `rank` takes the rank-th part
-    of each. Samples that do not fill a global batch are left out of the epoch. The caller sets `epoch`.
+    of each. Samples that do not fill a global batch are left out of the epoch. The caller sets `epoch`,
+    and `first`, the number of batches that the next iteration leaves out because they were taken before.
     """
 
     def __init__(self, images, global_batch, seed, rank=0, world_size=1):
         """images: how many there are; global_batch: images of a step in all processes together."""
         self.images, self.global_batch, self.seed = images, global_batch, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.first = 0
 
     def __len__(self):
         return self.images // self.global_batch
@@ -78,7 +79,7 @@ class EpochBatches:
     def __iter__(self):
         order = np.random.default_rng(fold(self.seed, ORDER, self.epoch)).permutation(self.images)
         parts = order[: len(self) * self.global_batch].reshape(len(self), self.world_size, -1)
-        for part in parts[:, self.rank]:
+        for part in parts[self.first :, self.rank]:
             yield [(self.epoch, int(index)) for index in part]
 
 

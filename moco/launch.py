@@ -5,8 +5,10 @@ LOCAL_RANK, LOCAL_WORLD_SIZE) say who a process is. A spawned process gets them 
 them the world is one process.
 """
 
+import contextlib
 import os
 import re
+import signal
 import socket
 
 import torch
@@ -16,6 +18,7 @@ from torch.multiprocessing import ProcessRaisedException
 from moco.cores import available_cores
 from moco.distributed import Process
 from moco.errors import UserError
+from moco.watch import PREEMPTED, SIGNALS
 from moco.workers import worker_errors
 
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
@@ -108,7 +111,10 @@ def _join(url, backend, gpu):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = backend or ("nccl" if has_gpu else "gloo")
     try:
-        dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size)
+        store, *_ = next(dist.rendezvous(url, rank, world_size))
+        # torchrun keeps its store when it starts the processes again: what the dead left there is not ours.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
         raise UserError(_no_meeting(url, rank, error)) from error
     hosts = [None] * world_size
@@ -121,8 +127,13 @@ def _join(url, backend, gpu):
 
 def _spawn(worker, arguments, url, backend, ranks):
     messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    context = torch.multiprocessing.spawn(
+        _spawned, (worker, arguments, url, backend, ranks, messages), len(ranks), join=False
+    )
     try:
-        torch.multiprocessing.spawn(_spawned, (worker, arguments, url, backend, ranks, messages), len(ranks))
+        with _signals_passed_on(context.pids()):
+            while not context.join():
+                pass
     except (
         torch.multiprocessing.ProcessExitedException,
         torch.multiprocessing.ProcessRaisedException,
@@ -131,7 +142,26 @@ def _spawn(worker, arguments, url, backend, ranks):
             raise UserError(messages.get()) from error
         if isinstance(error, ProcessRaisedException):
             raise
+        if error.exit_code == PREEMPTED:
+            raise SystemExit(PREEMPTED) from None
         raise UserError(f"process {error.error_index} died ({error}); the others were ended") from error
+
+
+@contextlib.contextmanager
+def _signals_passed_on(pids):
+    """The processes decide what a signal to their parent means."""
+
+    def pass_on(number, _):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _spawned(index, worker, arguments, url, backend, ranks, messages):

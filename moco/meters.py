@@ -44,8 +44,9 @@ class StepLog:
     [0][ 10/247]`, the meters and the time left, separated by tabs, every `print_freq` steps (0: never).
     """
 
-    def __init__(self, head, loader, print_freq):
-        self.head, self.loader, self.print_freq = head, loader, print_freq
+    def __init__(self, head, loader, print_freq, first=0):
+        """first: the step that the loader's next batch belongs to, after those of an earlier start."""
+        self.head, self.loader, self.print_freq, self.first = head, loader, print_freq, first
         self.seconds, self.waiting = Meter("Time", "6.3f"), Meter("Data", "6.3f")
         self.loss = Meter("Loss", ".4e")
         self.top1, self.top5 = Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
@@ -53,7 +54,7 @@ class StepLog:
     def steps(self):
         """The loader's batches; the time until each is there is metered."""
         self.step_began = time.perf_counter()
-        for step, batch in enumerate(self.loader):
+        for step, batch in enumerate(self.loader, self.first):
             self.waiting.update(time.perf_counter() - self.step_began)
             yield batch
             self.seconds.update(time.perf_counter() - self.step_began)
@@ -65,6 +66,15 @@ class StepLog:
         """Meter the mean loss and top-1 and top-5 accuracies (0-dim. tensors) of n items."""
         for meter, value in zip((self.loss, self.top1, self.top5), (loss, *accuracies), strict=True):
             meter.update(value, n)
+
+    def state_dict(self):
+        """The sums of loss and accuracies, for a start that goes on in the middle of the pass."""
+        return {m.name: (torch.as_tensor(m.total).cpu(), m.count) for m in (self.loss, self.top1, self.top5)}
+
+    def load_state_dict(self, state, device):
+        for meter in (self.loss, self.top1, self.top5):
+            total, meter.count = state[meter.name]
+            meter.total = total.to(device)
 
     def _line(self, step):
         width = len(str(len(self.loader)))

@@ -120,7 +120,10 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
     run = parser.add_argument_group("run")
     run.add_argument("--output-dir", default=".", metavar="DIR", help="for all files written (default: here)")
     run.add_argument(
-        "--resume", default="", metavar="CKPT", help="continue from this checkpoint of the program"
+        "--resume",
+        default="",
+        metavar="CKPT",
+        help="continue from this checkpoint of the program, or with auto from the newest in --output-dir",
     )
     run.add_argument(
         "-p", "--print-freq", type=int, default=10, metavar="N", help="steps (default: %(default)s)"
@@ -162,7 +165,7 @@ def check_shared(args):
         raise UserError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}")
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
-    if args.resume and not Path(args.resume).is_file():
+    if args.resume not in ("", "auto") and not Path(args.resume).is_file():
         raise UserError(f"--resume: there is no file {args.resume}; to start anew leave the flag out")
 
 
@@ -213,7 +216,16 @@ def settings(args):
         "output_dir",
         "pretrained",
     ]
-    elsewhere += ["resume", "print_freq", "start_epoch", "multiprocessing_distributed", "world_size", "rank"]
+    elsewhere += [
+        "resume",
+        "keep",
+        "save_freq",
+        "print_freq",
+        "start_epoch",
+        "multiprocessing_distributed",
+        "world_size",
+        "rank",
+    ]
     elsewhere += ["dist_url", "dist_backend", "gpu"]
     return {name: value for name, value in vars(args).items() if name not in elsewhere}
 

@@ -43,24 +43,25 @@ def run_ranks():
         results = context.SimpleQueue()
         with tempfile.TemporaryDirectory() as folder:
             ranks = [
-                context.Process(
-                    target=_rank_main, args=(function, r, world, folder, arguments, results), daemon=True
-                )
+                context.Process(target=_rank_main, args=(function, r, world, folder, arguments, results))
                 for r in range(world)
             ]
-            for process in ranks:
-                process.start()
             gathered = {}
-            for _ in ranks:
-                if not results._reader.poll(timeout):
-                    break
-                rank, fine, value = results.get()
-                assert fine, f"rank {rank}:\n{value}"
-                gathered[rank] = value
-            for process in ranks:
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
+            try:
+                for process in ranks:
+                    process.start()
+                for _ in ranks:
+                    if not results._reader.poll(timeout):
+                        break
+                    rank, fine, value = results.get()
+                    assert fine, f"rank {rank}:\n{value}"
+                    gathered[rank] = value
+                for process in ranks:
+                    process.join(10)
+            finally:
+                for process in ranks:
+                    if process.is_alive():
+                        process.kill()
         assert len(gathered) == world, "a rank did not answer in time"
         return [gathered[r] for r in range(world)]
 
@@ -122,6 +123,8 @@ def pretrained(folders, tmp_path_factory):
         "--method",
         "ifm",
         "--bn-splits",
+        "2",
+        "--keep",
         "2",
         "--output-dir",
         str(out),

@@ -1,6 +1,7 @@
 """Every way to start a run, and the command lines that users of the published programs know."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -170,7 +171,7 @@ def test_a_port_in_use_is_said(folders, tmp_path, free_port, cli):
     assert "Traceback" not in errors
 
 
-def test_ctrl_c_ends_quietly(folders, tmp_path):
+def test_ctrl_c_saves_and_ends(folders, tmp_path):
     words = [*MOCO, "--workers", "1", "--epochs", "1000", str(folders), "--output-dir", str(tmp_path)]
     run = subprocess.Popen(
         [sys.executable, "main_moco.py", *words],
@@ -179,9 +180,12 @@ def test_ctrl_c_ends_quietly(folders, tmp_path):
     while not run.stdout.readline().startswith("epoch 0"):
         assert run.poll() is None
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the program and its loader workers
-    _, errors = run.communicate(timeout=30)
-    assert run.returncode == 130
-    assert errors.strip() == "interrupted"
+    output, errors = run.communicate(timeout=30)
+    assert run.returncode == 75 and errors == ""
+    saved = re.search(r"stopped in epoch .* as SIGINT said\n(\S+) has it all; --resume auto goes on", output)[
+        1
+    ]
+    assert torch.load(saved, weights_only=True)["epoch"] >= 1
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 

@@ -95,8 +95,8 @@ def test_a_checkpoint_of_another_model_is_refused(pretrained, folders, tmp_path,
     path = pretrained[1] / "checkpoint_0000.pth.tar"
     words = [*MOCO, folders, "--output-dir", tmp_path, "--resume", path]
     for more, message in (
-        (["--moco-k", "24"], "does not fit this model.*queue is"),
-        (["--moco-dim", "9"], "does not fit this model"),
+        (["--moco-k", "24"], "is of a run with --moco-k 20, not 24"),
+        (["--moco-dim", "9"], "is of a run with --moco-dim 8, not 9"),
         (["-a", "resnet34"], "is of -a resnet18, not of -a resnet34"),
         (["--epochs", "1"], "has finished 1 epochs; raise --epochs"),
     ):

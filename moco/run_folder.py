@@ -1,0 +1,68 @@
+"""The checkpoints of a run in its output folder: which there are, which stay, and which one to go on from."""
+
+import re
+from pathlib import Path
+
+from moco.checkpoint import read_checkpoint, save_checkpoint
+from moco.errors import UserError
+
+NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
+
+
+class RunFolder:
+    """Files checkpoint_0007.pth.tar for the end of epoch 7 and checkpoint_0008_000120.pth.tar for epoch 8
+    after 120 steps.
+
+    keep: how many of the newest epochs stay; save_freq: every such epoch stays besides (0: none). A file
+    from within an epoch stays until a newer one is there.
+    """
+
+    def __init__(self, path, keep=1, save_freq=0):
+        self.path, self.keep, self.save_freq = Path(path), keep, save_freq
+
+    def save(self, checkpoint):
+        """Write a dict whose `epoch` and `step` say where the run is, then remove what need not stay."""
+        epoch, step = checkpoint["epoch"], checkpoint["step"]
+        name = f"checkpoint_{epoch:04d}_{step:06d}" if step else f"checkpoint_{epoch - 1:04d}"
+        path = self.path / f"{name}.pth.tar"
+        save_checkpoint(checkpoint, path)
+        written = _position(path)
+        epochs = [old for old in self.newest_first() if _position(old)[1] == 0 and _position(old) <= written]
+        for old in self.newest_first():
+            if _position(old) >= written:
+                continue
+            chosen = self.save_freq and _position(old)[0] % self.save_freq == 0
+            if _position(old)[1] or (old not in epochs[: self.keep] and not chosen):
+                old.unlink(missing_ok=True)
+        return path
+
+    def newest_first(self):
+        """The paths of the checkpoints that are there."""
+        return sorted(
+            (p for p in self.path.glob("checkpoint_*") if _position(p)), key=_position, reverse=True
+        )
+
+    def newest_good(self, say):
+        """(path, what read_checkpoint gives) of the newest that is whole, or (None, {}) without any.
+
+        say: called with a line about each that is damaged. Raises UserError when all are.
+        """
+        paths = self.newest_first()
+        for path in paths:
+            try:
+                return path, read_checkpoint(path)
+            except UserError as error:
+                say(f"warning: {error.sentence}; going back to the one before")
+        if paths:
+            raise UserError(
+                f"none of the {len(paths)} checkpoints in {self.path} can be read; remove them to start anew"
+            )
+        return None, {}
+
+
+def _position(path):
+    """(finished epochs, steps of the next one) of a checkpoint's name, or None."""
+    found = NAME.fullmatch(path.name)
+    if found is None:
+        return None
+    return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)

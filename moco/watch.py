@@ -1,0 +1,100 @@
+"""What can end a run between two steps: a signal, and a loss that is no number; agreed on by all processes.
+
+A process that stopped alone would leave the others waiting in the next step's collectives. So every step each
+process tells the others what it has seen, in a message of two numbers that travels while the next step
+computes, and all of them read the same answer at the same step.
+"""
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+PREEMPTED = 75  # exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME = 1.0  # seconds in which a signal that comes twice, from the terminal and from a parent, counts once
+
+
+class Signals:
+    """Remembers the first of SIGNALS while the block runs; a second one ends the process at once.
+
+    `name` of the first, such as "SIGTERM", or None. Outside the main thread, or where a signal cannot be
+    caught, nothing is.
+    """
+
+    name = None
+
+    def __enter__(self):
+        self.name, self._when = None, 0.0
+        self._before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _heard(self, number, _):
+        now = time.monotonic()
+        if self.name is None:
+            self.name, self._when = signal.Signals(number).name, now
+        elif now - self._when > SAME:
+            os._exit(128 + number)
+
+
+class Watch:
+    """Tells each step whether the run is to stop, alike on all processes.
+
+    signals: a Signals. The answers come a step later than what they are about: on one process and on a CPU by
+    no more than that, on a GPU by as many steps as the program is ahead of it, because nothing waits for it.
+    """
+
+    def __init__(self, signals, process):
+        self.signals, self.process = signals, process
+        self._group = dist.new_group(backend="gloo") if process.world_size > 1 else None
+        self._asked = None  # the message under way and its handle
+        self._flags = []  # (event, flag on the host) of losses that a GPU is still computing
+        self._bad = False
+
+    def step(self, loss):
+        """Look at a step's loss (0-dim. tensor). Returns (told to stop, a loss was not finite) so far."""
+        self._look(torch.isfinite(loss.detach()))
+        return self._answer()
+
+    def last(self):
+        """The same after the last step, with nothing left under way; waits for the device."""
+        while self._flags:
+            event, flag = self._flags.pop(0)
+            event.synchronize()
+            self._bad |= not bool(flag)
+        seen = self._answer()
+        if self._asked is not None:
+            message, handle = self._asked
+            handle.wait()
+            self._asked, seen = None, message.bool().tolist()
+        return seen
+
+    def _look(self, finite):
+        if finite.device.type == "cuda":
+            flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            flag.copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._flags.append((event, flag))
+            while self._flags and self._flags[0][0].query():
+                self._bad |= not bool(self._flags.pop(0)[1])
+        else:
+            self._bad |= not bool(finite)
+
+    def _answer(self):
+        seen = torch.tensor([self.signals.name is not None, self._bad], dtype=torch.int32)
+        if self._group is None:
+            return seen.bool().tolist()
+        answer = [False, False]
+        if self._asked is not None:
+            message, handle = self._asked
+            handle.wait()
+            answer = message.bool().tolist()
+        self._asked = seen, dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer
