@@ -1,4 +1,4 @@
-"""Processes of a run that are told to stop or die: by their parent, under torchrun, on one node of two."""
+"""Processes of a run that are told to stop or die: spawned, and under torchrun."""
 
 import contextlib
 import os
@@ -121,9 +121,9 @@ def test_kill_9_of_one_ends_all(folders, tmp_path, whom):
         assert all_end(everyone, 60) and time.monotonic() - began < 60
 
 
-def torchrun(port, *words, restarts=0, nodes="1"):
+def torchrun(port, *words, restarts=0):
     return [
-        "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={2 if nodes == '1' else 1}",
+        "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2",
         f"--max-restarts={restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
         "--monitor-interval=0.1",
         "main_moco.py", *WORDS, "-j", "0", *words,
