@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moco import trifeature, zoo
+from moco.bad_images import BadImages
 from moco.checkpoint import (
     check_arch,
     continue_from,
@@ -18,7 +19,7 @@ from moco.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from moco.data import labelled_folders
+from moco.data import labelled_folders, paths_of
 from moco.distributed import check_agreement, from_first, sum_over_processes, wrap
 from moco.draws import linear_train
 from moco.encoders import base_encoder
@@ -94,9 +95,11 @@ def evaluate_features(process, args, folder):
     # Data: training samples are shared out batch by batch, validation images one by one.
     train, val, classes = labelled_folders(folder, args.target)
     device_aug, loading = loading_of(args, process.device)
+    bad_images = BadImages(args.on_bad_image, len(train), seed)
     train_loader = loading.training(
-        train, linear_train(), process, seed, views=1, photometric=device_aug == "off"
-    )
+        train, linear_train(), process, seed,
+        views=1, photometric=device_aug == "off", bad_images=bad_images,
+    )  # fmt: skip
     val_loader = loading.validation(val, process)
     finish, how = finisher(device_aug, linear_train(), process.device)
 
@@ -141,6 +144,8 @@ def evaluate_features(process, args, folder):
         set_learning_rate(optimizer, learning_rate(args.lr, epoch, args.epochs, milestones=args.schedule))
         train_loader.batch_sampler.epoch = epoch
         train_epoch(args, process, train_loader, finish, execution, model, optimizer, epoch)
+        for line in bad_images.lines(epoch, paths_of(train)):
+            say(line)
         acc1 = validate(args, process, val_loader, execution, model)
         if epoch == start_epoch:
             check_frozen(model.module, frozen)

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from moco import losses
+from moco.bad_images import BadImages
 from moco.builder import MoCo
 from moco.checkpoint import continue_from
-from moco.data import image_folder
+from moco.data import image_folder, paths_of
 from moco.distributed import Process, check_agreement, from_first, wrap
 from moco.draws import moco_v1, moco_v2
 from moco.encoders import base_encoder
@@ -166,9 +167,11 @@ def pretrain(process, args, folder):
     check_agreement({**settings(args), "images": len(images), "checkpoint": str(source)})
     recipe = moco_v2() if args.aug_plus else moco_v1()
     device_aug, loading = loading_of(args, process.device)
+    bad_images = BadImages(args.on_bad_image, len(images), seed)
     loader = loading.training(
-        images, recipe, process, seed, photometric=device_aug == "off", bn_splits=args.bn_splits
-    )
+        images, recipe, process, seed,
+        photometric=device_aug == "off", bn_splits=args.bn_splits, bad_images=bad_images,
+    )  # fmt: skip
     finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
     data = {"images": len(images), "global_batch": batches.global_batch}
@@ -213,6 +216,8 @@ def pretrain(process, args, folder):
             if step:
                 log.load_state_dict(checkpoint["log"], process.device)
             step, told = train_epoch(run, epoch, log)
+            for line in bad_images.lines(epoch, paths_of(images)):
+                say(line)
 
             whole = step == len(batches)
             if whole:

@@ -8,6 +8,7 @@ import numpy as np
 from torchvision.datasets import ImageFolder
 
 from moco import trifeature
+from moco.bad_images import BadImages
 from moco.cache import KINDS, build, build_on_device
 from moco.decoders import decoder
 from moco.draws import VIEW
@@ -99,11 +100,14 @@ class Loading:
     decode: str | None = None
     cache: str | None = None
 
-    def training(self, images, recipe, process, seed, *, views=2, photometric=True, bn_splits=1):
+    def training(
+        self, images, recipe, process, seed, *, views=2, photometric=True, bn_splits=1, bad_images=None
+    ):
         """A RingLoader over shuffled batches whose `batch_sampler` is an EpochBatches, for training.
 
-        photometric: whether the workers also do the recipe's operations on colours. Raises UserError when
-        the batch cannot be shared equally or there are fewer images than a step takes.
+        photometric: whether the workers also do the recipe's operations on colours. bad_images: a BadImages
+        (default: an image that cannot be read is an error). Raises UserError when the batch cannot be shared
+        equally or there are fewer images than a step takes.
         """
         local = process.local_world_size
         if self.batch_size % local:
@@ -125,10 +129,12 @@ class Loading:
         if self.cache == "device":
             if photometric:
                 raise UserError("--cache device leaves nothing to workers: add --device-aug exact or float")
-            pixels = build_on_device(_paths(images), process, decoder(self.decode)[0])
+            pixels = build_on_device(paths_of(images), process, decoder(self.decode)[0])
             return ResidentLoader(pixels, _targets(images), recipe, self.size, seed, batches, views)
         photographs = self._photographs(images, process)
-        sample = TrainingSample(photographs, recipe, self.size, self.resize, seed, photometric)
+        sample = TrainingSample(
+            photographs, recipe, self.size, self.resize, seed, photometric, bad_images or BadImages()
+        )
         return self._loader(sample, batches, views, process)
 
     def validation(self, images, process):
@@ -140,7 +146,7 @@ class Loading:
         return self._loader(sample, batches, 1, process)
 
     def _photographs(self, images, process):
-        paths, targets, decode = _paths(images), _targets(images), decoder(self.decode)[0]
+        paths, targets, decode = paths_of(images), _targets(images), decoder(self.decode)[0]
         if self.cache not in KINDS:
             return Photographs(paths, targets, decode)
         return Photographs(paths, targets, decode, build(paths, self.cache, process, decode))
@@ -154,7 +160,8 @@ class Loading:
         return RingLoader(sample, batches, layout, workers, process.device)
 
 
-def _paths(images):
+def paths_of(images):
+    """The paths of an ImageFolder's images, by number."""
     return [path for path, _ in images.samples]
 
 

@@ -6,11 +6,13 @@ call libjpeg-turbo with its accurate transform and smooth chroma, which `decoder
 starts. Whatever simplejpeg does not decode without any complaint (four colour channels, gray, data after a
 cut) goes to Pillow, so that pixels and errors are Pillow's with either.
 
-What the pixels are is what torchvision's ImageFolder gives, with one exception:
+What the pixels are is what torchvision's ImageFolder gives, with the exception of 16 and more bits:
 - alpha and transparency are dropped, CMYK, gray and palettes become RGB, as by PIL's convert("RGB");
 - an orientation in EXIF is ignored, as ImageFolder ignores it and so the published programs do;
 - 16-bit gray keeps its high byte, which is what Pillow does with 16-bit colours. PIL's convert("RGB") would
   clip it instead: nearly every pixel white;
+- more than twice PIL.Image.MAX_IMAGE_PIXELS are refused as a decompression bomb, as by ImageFolder; above
+  once Pillow warns;
 - 32-bit integers and floats are refused, because the file does not say which values are black and white.
 """
 
@@ -130,8 +132,14 @@ def _fault_of_simplejpeg():
 
 
 def _unreadable(path, error):
-    reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else _line(error)
-    return UserError(f"{path} cannot be read as an image ({reason}); mend or remove it")
+    return UserError(f"{path} cannot be read as an image ({reason(error)}); mend or remove it")
+
+
+def reason(error):
+    """What an exception of reading or decoding an image says, without the image's path, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow knows"
+    return getattr(error, "strerror", None) or _line(error).rstrip(".")
 
 
 def _line(error):

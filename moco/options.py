@@ -58,6 +58,14 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
         help="keep images in memory: their pixels, their files, or their pixels on the device (equal sizes)",
     )
 
+    data.add_argument(
+        "--on-bad-image",
+        choices=("error", "skip"),
+        default="error",
+        help="a training image that cannot be read ends the run, or another is taken instead and it is named "
+        "after the epoch; in validation it always ends it (default: %(default)s)",
+    )
+
     training = parser.add_argument_group("training")
     training.add_argument(
         "-a",
@@ -165,6 +173,11 @@ def check_shared(args):
         raise UserError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}")
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    if args.on_bad_image == "skip" and args.cache in ("decoded", "device"):
+        raise UserError(
+            f"--cache {args.cache} decodes all images before training and cannot skip one; use --cache files "
+            "or remove what python -m moco.check names"
+        )
     if args.resume not in ("", "auto") and not Path(args.resume).is_file():
         raise UserError(f"--resume: there is no file {args.resume}; to start anew leave the flag out")
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from moco.bad_images import BadImages
 from moco.decoders import pixels_of, read_pixels
 from moco.draws import VIEW, Recipe, draw
+from moco.errors import UserError
 from moco.views import center_resize, crop_resize, photometric_pil
 
 
@@ -36,7 +38,8 @@ class TrainingSample:
 
     size: side of a view in pixels. resize: "pil" or "torch" (moco.views). photometric: jitter, grayscale,
     blur and flip here, by PIL; otherwise whoever takes the batch does them (moco.photometric), after the
-    records.
+    records. bad_images: what to do about an image that cannot be read; one that stands in for it is drawn
+    at its place, unlike in its own turn.
     """
 
     photographs: Photographs
@@ -45,10 +48,11 @@ class TrainingSample:
     resize: str
     seed: int
     photometric: bool
+    bad_images: BadImages = BadImages()
 
     def __call__(self, batch, position, key):
         epoch, index = key
-        image = self.photographs.pixels(index)
+        taken, image = self.bad_images.read(self.photographs, epoch, index)
         height, width = image.shape[:2]
         records = draw(self.recipe, width, height, self.seed, epoch, index, len(batch.pixels))
         for record, view in zip(records, torch.from_numpy(batch.pixels[:, position]).unbind(), strict=True):
@@ -56,7 +60,7 @@ class TrainingSample:
             if self.photometric:
                 view.copy_(photometric_pil(view, record, self.recipe.gray_first))
         batch.records[:, position] = records
-        batch.targets[position] = self.photographs.targets[index]
+        batch.targets[position] = self.photographs.targets[taken]
 
 
 @dataclass
@@ -69,6 +73,10 @@ class ValidationSample:
 
     def __call__(self, batch, position, key):
         view = torch.from_numpy(batch.pixels[0, position])
-        center_resize(self.photographs.pixels(key), self.size, self.resize, out=view)
+        try:
+            image = self.photographs.pixels(key)
+        except UserError as error:
+            raise UserError(f"{error.sentence} (validation counts every image, so it skips none)") from error
+        center_resize(image, self.size, self.resize, out=view)
         batch.records[:, position] = np.zeros((), VIEW)
         batch.targets[position] = self.photographs.targets[key]
