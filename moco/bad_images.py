@@ -9,9 +9,8 @@ import torch.distributed as dist
 
 from moco.errors import UserError
 from moco.memory import SharedMemory
-from moco.seeds import SHUFFLE, fold
+from moco.seeds import REPLACE, fold
 
-REPLACE = SHUFFLE + 1  # what a seed is for, beside those of moco.seeds
 TRIES = 100  # images that may be bad one after the other: with half of all, never; without the disk, soon
 
 
