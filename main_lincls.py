@@ -22,7 +22,7 @@ from moco.checkpoint import (
 from moco.data import labelled_folders, paths_of
 from moco.distributed import check_agreement, from_first, sum_over_processes, wrap
 from moco.draws import linear_train
-from moco.encoders import base_encoder
+from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.execution import execution_of
 from moco.finish import finisher
@@ -71,6 +71,7 @@ def main():
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
     base_encoder(args.arch)
+    check_image_size(args.arch, args.image_size)
     check_output(args.output_dir)
     folder = data_folder(args)
     labelled_folders(folder, args.target)
@@ -103,9 +104,8 @@ def evaluate_features(process, args, folder):
     val_loader = loading.validation(val, process)
     finish, how = finisher(device_aug, linear_train(), process.device)
 
-    check_agreement(
-        {**settings(args), "images": len(train), "validation images": len(val), "classes": classes}
-    )
+    chosen = settings(args, device_aug, loading, execution, seed)
+    check_agreement({**chosen, "images": len(train), "validation images": len(val), "classes": classes})
 
     # Model: everything is frozen but the last layer, which starts small.
     torch.manual_seed(seed)

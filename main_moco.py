@@ -22,7 +22,7 @@ from moco.checkpoint import continue_from
 from moco.data import image_folder, paths_of
 from moco.distributed import Process, check_agreement, from_first, wrap
 from moco.draws import moco_v1, moco_v2
-from moco.encoders import base_encoder
+from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.execution import Execution, execution_of
 from moco.finish import finisher
@@ -127,6 +127,7 @@ def main():
     args = parse_args()
     check(args)
     base_encoder(args.arch)
+    check_image_size(args.arch, args.image_size)
     check_output(args.output_dir)
     folder = data_folder(args)
     image_folder(folder, "train")
@@ -144,6 +145,7 @@ class Run:
     args: argparse.Namespace
     process: Process
     seed: int
+    settings: dict
     loader: Any
     finish: Callable
     execution: Execution
@@ -164,9 +166,10 @@ def pretrain(process, args, folder):
 
     # Data: every process loads its part of each global batch.
     images = image_folder(folder, "train")
-    check_agreement({**settings(args), "images": len(images), "checkpoint": str(source)})
     recipe = moco_v2() if args.aug_plus else moco_v1()
     device_aug, loading = loading_of(args, process.device)
+    chosen = settings(args, device_aug, loading, execution, seed)
+    check_agreement({**chosen, "images": len(images), "checkpoint": str(source)})
     bad_images = BadImages(args.on_bad_image, len(images), seed)
     loader = loading.training(
         images, recipe, process, seed,
@@ -189,7 +192,7 @@ def pretrain(process, args, folder):
     )
     epoch, step = args.start_epoch, 0
     if checkpoint:
-        same_course(checkpoint, source, data, settings(args), say)
+        same_course(checkpoint, source, data, chosen, say)
         epoch = continue_from(checkpoint, source, model.module, optimizer, args.epochs, execution.scaler)
         step = checkpoint.get("step", 0)
 
@@ -206,7 +209,9 @@ def pretrain(process, args, folder):
         say(line)
 
     with Signals() as signals:
-        run = Run(args, process, seed, loader, finish, execution, model, optimizer, Watch(signals, process))
+        run = Run(
+            args, process, seed, chosen, loader, finish, execution, model, optimizer, Watch(signals, process)
+        )
         start, first_epoch = time.monotonic(), epoch
         for epoch in range(first_epoch, args.epochs):
             lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
@@ -285,7 +290,7 @@ def state_of(run, epoch, step):
         **({"scaler": run.execution.scaler.state_dict()} if run.execution.scaler.is_enabled() else {}),
         "seed": run.seed,
         "step": step,
-        "settings": settings(run.args),
+        "settings": run.settings,
     }
 
 

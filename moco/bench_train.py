@@ -107,7 +107,9 @@ def trainer(s, execution, method="ifm"):
 
     def run(loader, finish):
         log = StepLog("", loader, print_freq=0)
-        train_epoch(Run(args, s.process, SEED, loader, finish, execution, model, optimizer, watch), 0, log)
+        train_epoch(
+            Run(args, s.process, SEED, {}, loader, finish, execution, model, optimizer, watch), 0, log
+        )
         return log.loss.mean
 
     return run

@@ -82,7 +82,10 @@ def build_on_device(paths, process, decode):
         )
     device, needed = process.device, int(shapes.prod(axis=1).sum())
     with _all_or_none():
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:  # a copy for each process, and the shared one that they are made from
+            free, needed = free_memory(), needed * (1 + process.host_processes)
         if needed > MOST * free:
             raise UserError(
                 f"--cache device needs {in_words(needed)} and {in_words(free)} are free on {device}; "

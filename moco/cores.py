@@ -2,26 +2,28 @@
 
 import math
 import os
-from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_cores(cgroup=CGROUP):
-    """Cores that the scheduler lets this process run on and that its control group pays for; at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, math.floor(_quota(cgroup) or allowed)))
+from moco.cgroups import CGROUP, groups
 
 
-def _quota(cgroup):
-    """The control group's limit in cores: version 2 (`cpu.max`), then version 1; None when there is none."""
+def available_cores(cgroup=CGROUP, own=None):
+    """Cores that the scheduler lets this process run on and that its control groups pay for; at least 1.
+
+    own: the text of /proc/self/cgroup, which names the groups.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group, version in groups("cpu", cgroup, own):
+        cores = min(cores, _quota(group, version))
+    return max(1, math.floor(cores))
+
+
+def _quota(group, version):
+    """The limit of one control group in cores, or infinity."""
     try:
-        quota, period = (cgroup / "cpu.max").read_text().split()[:2]
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        quota = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
-        return None if quota <= 0 else quota / int((cgroup / "cpu/cpu.cfs_period_us").read_text())
-    except (OSError, ValueError):
-        return None
+        if version == 2:
+            quota, period = (group / "cpu.max").read_text().split()[:2]
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError):  # no such file, or the quota is "max"
+        return math.inf

@@ -36,6 +36,19 @@ def base_encoder(arch):
     return construct
 
 
+def check_image_size(arch, size):
+    """Raise UserError when the network `arch` cannot take images of `size` x `size` pixels."""
+    network = _skeleton(partial(models.get_model, arch, weights=None, **WITH_AUXILIARY_HEADS.get(arch, {})))
+    try:
+        with torch.no_grad():
+            network.eval()(torch.empty(1, 3, size, size, device=next(network.parameters()).device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:120].rstrip(".")
+        raise UserError(
+            f"{arch} cannot take --image-size {size} ({reason}); use a larger one, such as 224"
+        ) from error
+
+
 def _skeleton(construct):
     """The network without memory for weights, or with it where its construction computes (regnet)."""
     with torch.random.fork_rng(devices=[]):

@@ -102,6 +102,7 @@ def _join(url, backend, gpu):
     if has_gpu:
         torch.cuda.set_device(device)
     if url is None:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
         return Process(0, 1, 0, 1, 1, device)
     missing = [name for name in RENDEZVOUS_VARIABLES if url == "env://" and name not in os.environ]
     if missing:

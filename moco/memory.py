@@ -10,11 +10,10 @@ alone do not reach workers that are started by spawn or forkserver, or another r
 import mmap
 import os
 from multiprocessing.reduction import DupFd
-from pathlib import Path
 
 import numpy as np
 
-CGROUP = Path("/sys/fs/cgroup")
+from moco.cgroups import CGROUP, groups
 
 
 class SharedMemory:
@@ -69,21 +68,12 @@ def free_memory(cgroup=CGROUP, own=None):
     with open("/proc/meminfo") as file:
         known = dict(line.split(":") for line in file)
     free = int(known["MemAvailable"].split()[0]) * 1024
-    for line in (Path("/proc/self/cgroup").read_text() if own is None else own).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            names = ("memory.max", "memory.current", "inactive_file")
-            top = cgroup
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            top = cgroup / "memory"
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        for group in (folder, *folder.parents):  # each group's limit holds for those inside it
-            free = min(free, _left_in(group, *names, otherwise=free))
-            if group == top:
-                break
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
+    for group, version in groups("memory", cgroup, own):
+        free = min(free, _left_in(group, *names[version], otherwise=free))
     return max(free, 0)
 
 

@@ -46,7 +46,7 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
     data.add_argument(
         "--resize",
         choices=("torch", "pil"),
-        help="torch: faster, within 1 level of PIL's (default: pil with --device-aug off, else torch)",
+        help="torch: faster, within 2 levels of PIL's (default: pil with --device-aug off, else torch)",
     )
     data.add_argument(
         "--decoder", choices=("pillow", "simplejpeg"), help="of JPEG files (default: simplejpeg if installed)"
@@ -178,6 +178,10 @@ def check_shared(args):
             f"--cache {args.cache} decodes all images before training and cannot skip one; use --cache files "
             "or remove what python -m moco.check names"
         )
+    if args.cache == "device" and args.resize:
+        raise UserError(
+            "--cache device cuts views out on the device, not by PIL or torch: leave out --resize"
+        )
     if args.resume not in ("", "auto") and not Path(args.resume).is_file():
         raise UserError(f"--resume: there is no file {args.resume}; to start anew leave the flag out")
 
@@ -211,36 +215,25 @@ def loading_of(args, device):
 
 def loading_line(loader, loading):
     """What was chosen for the data, in a line for the console."""
+    resize = "crops on the device" if loading.cache == "device" else f"resize {loading.resize}"
     return (
-        f"{loader.num_workers} loader worker(s) each, {decoder(loading.decode)[1]}, resize {loading.resize}; "
+        f"{loader.num_workers} loader worker(s) each, {decoder(loading.decode)[1]}, {resize}; "
         f"{loader.transport}"
     )
 
 
-def settings(args):
-    """The flags that decide what is computed, as plain values."""
-    elsewhere = [
-        "folder",
-        "dataset_root",
-        "dataset",
-        "workers",
-        "decoder",
-        "cache",
-        "output_dir",
-        "pretrained",
-    ]
-    elsewhere += [
-        "resume",
-        "keep",
-        "save_freq",
-        "print_freq",
-        "start_epoch",
-        "multiprocessing_distributed",
-        "world_size",
-        "rank",
-    ]
-    elsewhere += ["dist_url", "dist_backend", "gpu"]
-    return {name: value for name, value in vars(args).items() if name not in elsewhere}
+def settings(args, device_aug, loading, execution, seed):
+    """What decides what is computed, as plain values: flags as given, and what was chosen for the others."""
+    elsewhere = (
+        "folder dataset_root dataset workers decoder cache output_dir pretrained resume keep save_freq "
+    )
+    elsewhere += (
+        "print_freq start_epoch multiprocessing_distributed world_size rank dist_url dist_backend gpu "
+    )
+    given = {name: value for name, value in vars(args).items() if name not in (elsewhere + "fast").split()}
+    chosen = {name: getattr(execution, name) for name in ("amp", "channels_last", "compile")}
+    resize = "device" if loading.cache == "device" else loading.resize
+    return given | chosen | {"device_aug": device_aug, "resize": resize, "seed": seed}
 
 
 def check_output(folder):

@@ -23,6 +23,7 @@ memory at all, so that it works in a container whose /dev/shm is too small for t
 """
 
 import math
+import multiprocessing
 
 import numpy as np
 import torch
@@ -57,6 +58,8 @@ class RingLoader:
         self.batch_sampler, self.layout, self.device = batch_sampler, layout, device
         self.num_workers = workers
         piece = math.ceil(layout.size / max(1, min(workers, layout.size // SMALL_PIECE)))
+        if workers:
+            _check_semaphores(context)
         ahead = math.ceil(workers * prefetch / math.ceil(layout.size / piece))
         slots = ahead + 3
         self._memory, self.transport = _ring_memory(slots * layout.slot_bytes, workers)
@@ -90,14 +93,8 @@ class RingLoader:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
         self._epoch += 1
-        try:
-            with worker_errors():
-                answers = iter(self._loader)
-        except OSError as error:  # for instance: no room for a semaphore
-            raise UserError(
-                f"the data workers cannot be started ({error}); /dev/shm must be writable and not full "
-                "(docker run --shm-size=1g); -j 0 needs no workers"
-            ) from error
+        with worker_errors():
+            answers = iter(self._loader)
         if self._memory and self.device.type == "cuda" and not self._pinned:
             self._pin()  # after the workers have started, which then know nothing of it
         return self._batches(answers, self._epoch)
@@ -204,16 +201,27 @@ class _Tasks:
                 yield slot, first, part, first + len(part) == length
 
 
+def _check_semaphores(context):
+    """Raise UserError when workers cannot have the semaphores of their queues, before anything is started."""
+    try:
+        multiprocessing.get_context(context).Lock()
+    except OSError as error:
+        raise UserError(
+            f"the data workers cannot be started ({error}); /dev/shm must be writable and not full "
+            "(docker run --shm-size=1g); -j 0 needs no workers"
+        ) from error
+
+
 def _ring_memory(size, workers):
     """Memory of the ring or None, and a text that says how batches travel. Raises UserError."""
-    if workers == 0:
-        return None, "batches are made in the training process"
     free = free_memory()
     if size > free:
         raise UserError(
-            f"the loader's ring needs {in_words(size)} and {in_words(free)} of memory are free; "
-            "lower --batch-size or -j"
+            f"the loader's batches need {in_words(size)} and {in_words(free)} of memory are free; "
+            "lower --batch-size, --image-size or -j"
         )
+    if workers == 0:
+        return None, "batches are made in the training process"
     try:
         return SharedMemory(size), f"batches travel through {in_words(size)} of shared memory"
     except OSError as error:

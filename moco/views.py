@@ -14,7 +14,7 @@ from moco.loader import IMAGENET_MEAN, IMAGENET_STD
 def crop_resize(image, view, size, resize, out=None):
     """Cut the box of `view` (a record of VIEW) out of `image` and resize it: uint8 3 x size x size.
 
-    resize: "pil" (the published pixels) or "torch" (3 times as fast, at most 1 level from PIL's). `out`, a
+    resize: "pil" (the published pixels) or "torch" (3 times as fast, at most 2 levels from PIL's). `out`, a
     CPU tensor of that shape with any strides, is filled and returned when given.
     """
     top, left, height, width = view.item()[:4]  # three times as fast as by name

@@ -150,9 +150,17 @@ def test_names_that_other_code_imports():
     assert np.any(np.asarray(q) != np.asarray(k))
 
 
-def test_cores_respect_the_control_group(tmp_path):
-    everything = available_cores(tmp_path / "none")
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    assert available_cores(tmp_path) == 1
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert available_cores(tmp_path) == everything >= 1
+def test_cores_respect_the_control_groups(tmp_path):
+    everything = available_cores(tmp_path, "0::/\n")
+    job = tmp_path / "job"
+    (job / "step").mkdir(parents=True)
+    (job / "cpu.max").write_text("150000 100000\n")
+    (job / "step" / "cpu.max").write_text("max 100000\n")
+    assert available_cores(tmp_path, "0::/job/step\n") == 1  # the group's, or that of one around it
+    assert available_cores(tmp_path, "0::/other\n") == everything >= 1
+    (tmp_path / "cpu" / "job").mkdir(parents=True)  # version 1
+    for name, value in (("quota", 100000), ("period", 100000)):
+        (tmp_path / "cpu" / "job" / f"cpu.cfs_{name}_us").write_text(str(value))
+    assert available_cores(tmp_path, "1:cpu,cpuacct:/job\n4:memory:/\n") == 1
+    (tmp_path / "cpu" / "job" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert available_cores(tmp_path, "1:cpu,cpuacct:/job\n") == everything

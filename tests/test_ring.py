@@ -264,7 +264,7 @@ def test_wrong_batches_and_too_little_memory(monkeypatch):
         with pytest.raises(ValueError, match="has not 20 samples"):
             list(loader)
         loader.close()
-    with pytest.raises(UserError, match=r"ring needs [\d.]+ GB and [\d.]+ GB of memory are free; lower"):
+    with pytest.raises(UserError, match=r"batches need [\d.]+ GB and [\d.]+ GB of memory are free; lower"):
         RingLoader(fill, Numbers(1, 1), Layout(2, 10**9, SAMPLE, RECORD), 2, CPU)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import main_lincls
 import main_moco
+from moco.encoders import check_image_size
 
 WRONG = [
     ([], "where are the images?"),
@@ -147,3 +148,39 @@ def test_files_of_something_else_are_refused(content, folders, tmp_path, cli):
     code, _, errors = cli(main_moco.main, *words)
     assert code == 2
     assert re.search("holds no state_dict|has no optimizer state", errors), errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-a", "inception_v3", "--image-size", "64"], "inception_v3 cannot take --image-size 64 "),
+        (["-a", "googlenet", "--image-size", "8"], "googlenet cannot take --image-size 8 "),
+        (["--cache", "device", "--device-aug", "exact", "--resize", "pil"], "leave out --resize"),
+        (["--cache", "device"], "add --device-aug exact or float"),
+        (
+            ["--image-size", "100000", "--workers", "0", "-b", "24", "-a", "resnet18"],
+            "GB of memory are free; lower",
+        ),
+    ],
+)
+def test_what_the_data_path_cannot_serve_is_said(words, message, folders, tmp_path, cli, monkeypatch):
+    for program in (main_moco, main_lincls):
+        if "100000" in words:  # not even a network without weights can be tried at this size
+            monkeypatch.setattr(program, "check_image_size", lambda arch, size: None)
+        settings = MOCO if program is main_moco else SMALL
+        code, _, errors = cli(program.main, *settings, *words, folders, "--output-dir", tmp_path)
+        assert code == 2 and message in errors and errors.count("\n") == 1, errors
+
+
+def test_every_architecture_is_tried_without_memory():
+    for arch in ("resnet18", "regnet_x_400mf", "shufflenet_v2_x0_5", "inception_v3"):
+        check_image_size(arch, 96)
+
+
+def test_resuming_tells_what_was_chosen_too(pretrained, folders, tmp_path, cli):
+    words = [*MOCO, "--epochs", "2", "--method", "ifm", "--bn-splits", "2", folders, "--output-dir", tmp_path]
+    words += ["--resume", pretrained[1] / "checkpoint_0000.pth.tar"]
+    same = cli(main_moco.main, *words, "--device-aug", "off", "--resize", "pil")
+    assert same[0] == 0 and "note: " not in same[1].replace("note: with one", "")
+    other = cli(main_moco.main, *words, "--device-aug", "exact")
+    assert other[0] == 0 and "note: device_aug was off" in other[1] and "note: resize was pil" in other[1]
