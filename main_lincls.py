@@ -24,7 +24,7 @@ from moco.distributed import check_agreement, from_first, sum_over_processes, wr
 from moco.draws import linear_train
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
-from moco.execution import execution_of
+from moco.execution import execution_of, start_momentum
 from moco.finish import finisher
 from moco.launch import launch
 from moco.meters import StepLog, accuracy, check_finite
@@ -32,6 +32,7 @@ from moco.options import (
     check_output,
     check_shared,
     data_folder,
+    fast_line,
     loading_line,
     loading_of,
     settings,
@@ -123,6 +124,7 @@ def evaluate_features(process, args, folder):
     optimizer = torch.optim.SGD(
         model.module.fc.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
+    start_momentum(optimizer)
     start_epoch, best_acc1 = args.start_epoch, 0.0
     if args.resume and not args.evaluate:
         start_epoch = continue_from(
@@ -135,6 +137,8 @@ def evaluate_features(process, args, folder):
     say(loading_line(train_loader, loading))
     say(how)
     say(execution)
+    if args.fast:
+        say(fast_line(args, chosen))
     say(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
     if args.evaluate:
         validate(args, process, val_loader, execution, model)

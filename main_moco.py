@@ -24,7 +24,7 @@ from moco.distributed import Process, check_agreement, from_first, wrap
 from moco.draws import moco_v1, moco_v2
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
-from moco.execution import Execution, execution_of
+from moco.execution import Execution, execution_of, start_momentum
 from moco.finish import finisher
 from moco.launch import launch
 from moco.meters import StepLog, rank_accuracy
@@ -32,6 +32,7 @@ from moco.options import (
     check_output,
     check_shared,
     data_folder,
+    fast_line,
     loading_line,
     loading_of,
     settings,
@@ -190,6 +191,7 @@ def pretrain(process, args, folder):
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
+    start_momentum(optimizer)
     epoch, step = args.start_epoch, 0
     if checkpoint:
         same_course(checkpoint, source, data, chosen, say)
@@ -204,6 +206,8 @@ def pretrain(process, args, folder):
     say(loading_line(loader, loading))
     say(how)
     say(execution)
+    if args.fast:
+        say(fast_line(args, chosen))
     chance = losses.chance(args.moco_k, args.method, args.epsilon or 0.0, args.alpha or 0.0, args.moco_t)
     for line in notes(args, chance, len(images), process.world_size * args.bn_splits):
         say(line)

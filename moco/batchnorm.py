@@ -61,6 +61,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         momentum = self._momentum()
         if self.track_running_stats:
             count = groups.shape[0] * groups.shape[3] * groups.shape[4]
+            if count == 1:
+                raise ValueError("BatchNorm needs more than 1 value per channel and group when training")
             for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
                 running.copy_((1 - momentum) * running + momentum * new[0, 0, :, 0, 0].detach())
         y = (groups - mean) * torch.rsqrt(var + self.eps)

@@ -132,7 +132,7 @@ def published_logits(q, k, queue, epsilon, T):
 def published_run(s, images, execution):
     """run(steps), the mean loss: float32, whatever `execution`, and a wait for the loss in each step."""
     model = s.model(Published).to(s.device).train()
-    optimizer = torch.optim.SGD(model.parameters(), LR, 0.9, weight_decay=1e-4, foreach=False, fused=False)
+    optimizer = torch.optim.SGD(model.parameters(), LR, 0.9, weight_decay=1e-4)
 
     def run(steps):
         total, correct = 0.0, [0.0, 0.0]

@@ -113,6 +113,7 @@ def continue_from(checkpoint, path, model, optimizer, epochs, scaler=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, (fused, foreach) in zip(optimizer.param_groups, implementation, strict=True):
             group.update(fused=fused, foreach=foreach)
+        _momentum_as_weights(optimizer)
         if scaler is not None and scaler.is_enabled() and "scaler" in checkpoint:
             scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,6 +154,17 @@ def load_strictly(model, state_dict, path, may_miss=()):
             "and --mlp against those of the checkpoint"
         )
     model.load_state_dict(state_dict, strict=not may_miss)
+
+
+def _momentum_as_weights(optimizer):
+    """Give the momentum of each weight the weight's layout in memory, by which fused SGD pairs their values.
+
+    The file may be of a run with another layout (--channels-last).
+    """
+    for weight, state in optimizer.state.items():
+        buffer = state.get("momentum_buffer")
+        if buffer is not None:
+            state["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
 
 
 def _add_to(digest, value):

@@ -37,7 +37,8 @@ class Execution:
             try:
                 torch.compile(torch.sin)(torch.ones(2, device=self.device))
             except Exception as error:  # of a compiler, a linker, a driver, or their absence
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                lines = [line for line in str(error).splitlines() if line.strip() and "raised:" not in line]
+                reason = (lines or [type(error).__name__])[0][:160]
                 raise UserError(
                     f"--compile does not work here ({reason}); it needs a C++ compiler on a CPU (apt install "
                     "g++) and Triton on a GPU; --no-compile goes without"
@@ -65,6 +66,18 @@ class Execution:
                 0, f"convolutions in {convolutions}, matrix products in {products} (torch's settings)"
             )
         return "execution: " + (", ".join(chosen) or "float32")
+
+
+def start_momentum(optimizer):
+    """Give a fused SGD with momentum its buffers, all 0, which make the same first step.
+
+    By itself it makes them in its first step, and leaves them unwritten when that one is skipped because fp16
+    overflowed (torch/optim/sgd.py, _fused_sgd).
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group["momentum"] else ():
+            if weight.requires_grad:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def execution_of(device, amp, channels_last, compile, fast, bn_splits=1):

@@ -222,6 +222,17 @@ def loading_line(loader, loading):
     )
 
 
+def fast_line(args, chosen):
+    """What --fast turned on, among what was `chosen` (settings), and what was given besides."""
+    flags = {"amp": "--amp {}", "channels_last": "--channels-last", "compile": "--compile"}
+    turned_on = [
+        text.format(chosen[name]) for name, text in flags.items() if chosen[name] and not getattr(args, name)
+    ]
+    if chosen["device_aug"] == "float" and args.device_aug is None:
+        turned_on.append("--device-aug float")
+    return "--fast turns on: " + (", ".join(turned_on) or "nothing more on this device with these flags")
+
+
 def settings(args, device_aug, loading, execution, seed):
     """What decides what is computed, as plain values: flags as given, and what was chosen for the others."""
     elsewhere = (

@@ -1,19 +1,21 @@
 """Precision, layout and compilation: what they change, what they must not, and where they are refused."""
 
+import itertools
 from functools import cache
 
 import pytest
 import torch
-from command_lines import MOCO, program
+from command_lines import MOCO, SMALL
 from torch import nn
 
+import main_lincls
 import main_moco
 from moco import losses
 from moco.batchnorm import SplitBatchNorm2d
 from moco.builder import MoCo
 from moco.checkpoint import continue_from
 from moco.errors import UserError
-from moco.execution import Execution, execution_of
+from moco.execution import Execution, execution_of, start_momentum
 from moco.seeds import shuffle_order
 
 CPU = torch.device("cpu")
@@ -32,13 +34,15 @@ class TwoLayers(nn.Module):
 
 
 @cache
-def curve(splits=4, order_seed=0, **flags):
+def curve(splits=4, order_seed=0, init_scale=None, **flags):
     """The losses of 100 steps of IFM on noisy prototypes, and the model afterwards."""
     execution = Execution(CPU, **flags)
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale) if init_scale else execution.scaler
     torch.manual_seed(0)
     model = MoCo(TwoLayers, 32, 256, 0.99, 0.2, mlp=True, epsilon=0.1, bn_splits=splits).train()
     execution.prepare(model.encoder_q, model.encoder_k)
     sgd = torch.optim.SGD(model.parameters(), 0.03, 0.9, weight_decay=1e-4, fused=True)
+    start_momentum(sgd)
     generator, found = torch.Generator().manual_seed(1), []
     prototypes = torch.randn(64, 3, 16, 16, generator=generator)
     for step in range(100):
@@ -49,8 +53,9 @@ def curve(splits=4, order_seed=0, **flags):
                 *views, weights=losses.weights("ifm", 1.0), order=shuffle_order(order_seed, 0, step, 32)
             )
         sgd.zero_grad()
-        loss.backward()
-        sgd.step()
+        scaler.scale(loss).backward()
+        scaler.step(sgd)
+        scaler.update()
         found.append(loss.item())
     return torch.tensor(found), model
 
@@ -70,8 +75,8 @@ def test_layout_and_compilation_keep_the_loss_curve(flags):
     assert deviation(**flags)[1] < 1e-5
 
 
-@pytest.mark.parametrize("flags", [{"amp": "bf16"}, FAST_ON_CUDA], ids=str)
-def test_bf16_follows_the_loss_curve(flags):
+@pytest.mark.parametrize("flags", [{"amp": "bf16"}, {"amp": "fp16"}, FAST_ON_CUDA], ids=str)
+def test_half_precision_follows_the_loss_curve(flags):
     mean, largest = deviation(**flags)
     assert 0 < mean < 0.006 and largest < 0.05
 
@@ -161,15 +166,46 @@ def test_what_cannot_be_had_is_refused(monkeypatch, cli, folders):
         execution_of(CPU, None, None, True, False)
 
 
-def test_programs_say_what_they_do_and_take_each_others_checkpoints(folders, tmp_path):
-    words = ["--epochs", "1", "--method", "ifm", "--fast", "--amp", "bf16", "--output-dir", tmp_path, folders]
-    run = program("main_moco.py", *MOCO, *map(str, words))
-    assert run.returncode == 0, run.stderr
-    assert "execution: encoders in bf16, channels_last\n" in run.stdout
-    checkpoint = str(tmp_path / "checkpoint_0000.pth.tar")
-    again = program(
-        "main_moco.py", *MOCO, "--epochs", "2", "--method", "ifm", "--resume", checkpoint,
-        "--output-dir", str(tmp_path), str(folders),
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert "note: amp was bf16" in again.stdout and "execution: float32\n" in again.stdout
+def test_fp16_survives_a_first_step_that_overflows():
+    losses, model = curve(amp="fp16", init_scale=2.0**26)
+    assert losses.isfinite().all()
+    mean = ((losses - curve()[0]).abs() / curve()[0]).mean()
+    assert 0 < mean < 0.05
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_momentum_follows_its_weights_into_another_layout():
+    """A checkpoint of one layout goes on in the other with the same step."""
+    results = []
+    for layout, fused in itertools.product((torch.contiguous_format, torch.channels_last), (True, False)):
+        torch.manual_seed(0)
+        model = nn.Conv2d(4, 6, 3)
+        sgd = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        model(torch.randn(2, 4, 8, 8)).square().sum().backward()
+        sgd.step()
+        checkpoint = {"epoch": 1, "optimizer": sgd.state_dict(), "state_dict": model.state_dict()}
+        other = nn.Conv2d(4, 6, 3).to(memory_format=layout)
+        sgd = torch.optim.SGD(other.parameters(), 0.1, 0.9, fused=fused)
+        continue_from(checkpoint, "x", other, sgd, 2)
+        other(torch.ones(2, 4, 8, 8)).sum().backward()
+        sgd.step()
+        results.append(other.weight.detach().clone())
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-6)
+    assert (results[0] - checkpoint["state_dict"]["weight"]).abs().max() > 0.1
+
+
+def test_programs_say_what_they_do_and_take_each_others_checkpoints(folders, tmp_path, cli):
+    words = [*MOCO, "--method", "ifm", "--output-dir", tmp_path, folders]
+    code, output, errors = cli(main_moco.main, *words, "--epochs", "1", "--fast", "--amp", "bf16")
+    assert code == 0, errors
+    assert "execution: encoders in bf16, channels_last\n--fast turns on: --channels-last\n" in output
+    code, output, errors = cli(main_moco.main, *words, "--epochs", "2", "--resume", "auto")
+    assert code == 0, errors
+    assert "note: amp was bf16" in output and "execution: float32\n" in output and "--fast" not in output
+    path = tmp_path / "checkpoint_0001.pth.tar"
+    words = [*SMALL, "--lr", "1", "--epochs", "1", "--output-dir", tmp_path, folders, "--pretrained", path]
+    code, output, errors = cli(main_lincls.main, *words, "--fast")
+    assert code == 0, errors
+    assert "--fast turns on: --channels-last\n" in output and "Acc@1" in output
+    assert cli(main_lincls.main, *words, "--amp", "fp16")[0] == 2
