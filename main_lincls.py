@@ -69,6 +69,10 @@ def parse_args():
 def main():
     args = parse_args()
     check_shared(args)
+    if args.resume == "auto":
+        newest = Path(args.output_dir) / "checkpoint.pth.tar"
+        args.resume = str(newest) if newest.is_file() else ""
+        print(f"--resume auto: {args.resume or 'nothing to go on from yet'}")
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
     base_encoder(args.arch)

@@ -55,6 +55,21 @@ def test_resume_continues_as_if_never_stopped(pretrained, folders, tmp_path, cli
     assert not all(torch.equal(whole[name], earlier[name]) for name in whole)
 
 
+def test_linear_evaluation_goes_on_by_itself(folders, tmp_path, cli):
+    words = [*SMALL, folders, "--lr", "1", "--resume", "auto", "--output-dir"]
+    code, output, errors = cli(main_lincls.main, *words, tmp_path / "whole", "--epochs", "2")
+    assert code == 0 and "--resume auto: nothing to go on from yet" in output, errors
+    for epochs in ("1", "2"):
+        code, output, _ = cli(main_lincls.main, *words, tmp_path / "parts", "--epochs", epochs)
+        assert code == 0
+    assert f"--resume auto: {tmp_path / 'parts' / 'checkpoint.pth.tar'}" in output
+    whole, parts = (
+        torch.load(tmp_path / name / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_linear_evaluation_from_checkpoint_to_accuracy(pretrained, folders, tmp_path, cli):
     path = pretrained[1] / "checkpoint_0001.pth.tar"
     words = [*SMALL, folders, "--output-dir", tmp_path, "--lr", "1"]
