@@ -75,7 +75,6 @@ def main():
         print(f"--resume auto: {args.resume or 'nothing to go on from yet'}")
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
-    base_encoder(args.arch)
     check_image_size(args.arch, args.image_size)
     check_output(args.output_dir)
     folder = data_folder(args)

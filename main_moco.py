@@ -127,7 +127,6 @@ def check(args):
 def main():
     args = parse_args()
     check(args)
-    base_encoder(args.arch)
     check_image_size(args.arch, args.image_size)
     check_output(args.output_dir)
     folder = data_folder(args)

@@ -5,8 +5,8 @@ repeated and continued like any other, whatever the number of workers and proces
 """
 
 import numpy as np
-import torch.distributed as dist
 
+from moco.distributed import everybodys
 from moco.errors import UserError
 from moco.memory import SharedMemory
 from moco.seeds import REPLACE, fold
@@ -58,19 +58,10 @@ class BadImages:
             return []
         mine = np.flatnonzero(self._bad.array).tolist()
         self._bad.array[:] = 0  # no worker writes between two epochs
-        bad = sorted(set().union(*gathered(mine)))
+        bad = sorted(set().union(*everybodys(mine)))
         if not bad:
             return []
         many = "1 image could not be read; another was" if len(bad) == 1 else (
             f"{len(bad)} images could not be read; others were"
         )  # fmt: skip
         return [f"epoch {epoch}: {many} taken instead:", *(f"  {paths[index]}" for index in bad)]
-
-
-def gathered(value):
-    """The picklable `value` of every process of the run, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone

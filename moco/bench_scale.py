@@ -15,11 +15,12 @@ broadcast's tree. So is the start of a run, and which of the links a byte takes.
 
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from moco.builder import MoCo
-from moco.encoders import base_encoder
+from moco.encoders import base_encoder, without_memory
 from moco.errors import UserError
 
 ITEMS = {  # of a step, as the table calls them
@@ -196,14 +197,7 @@ def _advice(report):
 
 
 def _sizes(arch, dim, K, mlp):
-    """Of the model, which is made without memory for its tensors where its construction allows that."""
-    encoder = base_encoder(arch)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                return sizes_of(MoCo(encoder, dim, K, mlp=mlp))
-        except NotImplementedError:  # regnet computes while it is made
-            return sizes_of(MoCo(encoder, dim, K, mlp=mlp))
+    return sizes_of(without_memory(partial(MoCo, base_encoder(arch), dim, K, mlp=mlp)))
 
 
 def _bytes(tensors):

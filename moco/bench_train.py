@@ -20,7 +20,7 @@ from moco.builder import MoCo
 from moco.data import image_folder
 from moco.distributed import Process, wrap
 from moco.draws import moco_v2
-from moco.encoders import base_encoder
+from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError
 from moco.execution import execution_of
 from moco.finish import finisher
@@ -80,13 +80,7 @@ def setting(device, **sizes):
         raise UserError(
             f"--batch-size {s.batch_size} does not give --bn-splits {s.bn_splits} equal groups of 2 or more"
         )
-    encoder = base_encoder(s.arch)(num_classes=1).eval()
-    try:
-        with torch.no_grad():
-            encoder(torch.zeros(1, 3, s.size, s.size))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{s.arch} cannot take images of {s.size} pixels ({reason}); raise --size") from error
+    check_image_size(s.arch, s.size, "--size")
     return s
 
 

@@ -11,10 +11,10 @@ import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from moco.decoders import image_size, read_bytes, read_pixels
+from moco.distributed import everybodys
 from moco.errors import UserError
 from moco.memory import SharedMemory, free_memory, in_words
 from moco.progress import Progress
@@ -213,7 +213,7 @@ def _all_or_none():
         yield
     except UserError as error:
         sentence = error.sentence
-    for raised in _everybodys(sentence):
+    for raised in everybodys(sentence):
         if raised is not None:
             raise UserError(raised)
 
@@ -221,15 +221,7 @@ def _all_or_none():
 def _gathered(value, process):
     """The `value` of each process of this node."""
     first = process.rank - process.local_rank
-    return _everybodys(value)[first : first + process.local_world_size]
-
-
-def _everybodys(value):
-    if not dist.is_initialized():
-        return [value]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    return everybodys(value)[first : first + process.local_world_size]
 
 
 def _file_size(path):

@@ -77,12 +77,18 @@ def from_first(value):
     return box[0]
 
 
+def everybodys(value):
+    """The picklable `value` of every process of the run, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def check_agreement(settings):
     """Raise UserError on every rank when the dict `settings` is not equal on all of them."""
-    if not dist.is_initialized():
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, settings)
+    everyone = everybodys(settings)
     for rank, theirs in enumerate(everyone):
         for name, value in theirs.items():
             if value != everyone[0][name]:

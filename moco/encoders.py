@@ -27,7 +27,7 @@ def base_encoder(arch):
         hint = f"did you mean {near[0]}" if near else "for example resnet18 or resnet50"
         raise UserError(f"torchvision has no classification model {arch!r}; {hint}?")
     construct = partial(models.get_model, arch, weights=None, **WITH_AUXILIARY_HEADS.get(arch, {}))
-    probe = _skeleton(construct)
+    probe = without_memory(partial(construct, num_classes=1))
     if not isinstance(getattr(probe, "fc", None), nn.Linear):
         raise UserError(
             f"{arch} has no last layer `fc` for the MoCo head to replace; choose a resnet, resnext, "
@@ -36,24 +36,24 @@ def base_encoder(arch):
     return construct
 
 
-def check_image_size(arch, size):
-    """Raise UserError when the network `arch` cannot take images of `size` x `size` pixels."""
-    network = _skeleton(partial(models.get_model, arch, weights=None, **WITH_AUXILIARY_HEADS.get(arch, {})))
+def check_image_size(arch, size, flag="--image-size"):
+    """Raise UserError that names `flag` when the network `arch` cannot take images of `size` x `size`."""
+    network = without_memory(partial(base_encoder(arch), num_classes=1))
     try:
         with torch.no_grad():
             network.eval()(torch.empty(1, 3, size, size, device=next(network.parameters()).device))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:120].rstrip(".")
+        reason = str(error).splitlines()[0][:120].rstrip(" .")
         raise UserError(
-            f"{arch} cannot take --image-size {size} ({reason}); use a larger one, such as 224"
+            f"{arch} cannot take {flag} {size} ({reason}); use a larger one, such as 224"
         ) from error
 
 
-def _skeleton(construct):
-    """The network without memory for weights, or with it where its construction computes (regnet)."""
+def without_memory(construct):
+    """What `construct()` makes, without memory for tensors, or with it where that computes (regnet)."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return construct(num_classes=1)
+                return construct()
         except NotImplementedError:
-            return construct(num_classes=1)
+            return construct()

@@ -216,7 +216,7 @@ def test_waiting_is_that_for_batches_and_not_for_steps():
         (["step", "--moco-k", "-5"], "--moco-k must be at least 1"),
         (["step", "--steps", "0"], "--steps must be at least 1"),
         (["step", "--arch", "resnet19"], "did you mean"),
-        (["step", "--arch", "inception_v3", "--size", "16"], "raise --size"),
+        (["step", "--arch", "inception_v3", "--size", "16"], "cannot take --size 16"),
         (["step", "--only", "fastest"], "invalid choice: 'fastest'"),
         (["step", "--only", "published_tf32"], "TF32 is a mode of GPUs"),
         (["step", "--without", *bench.STEP_ROWS], "no row is left"),
