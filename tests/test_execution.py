@@ -14,6 +14,7 @@ from moco import losses
 from moco.batchnorm import SplitBatchNorm2d
 from moco.builder import MoCo
 from moco.checkpoint import continue_from
+from moco.distributed import Process, wrap
 from moco.errors import UserError
 from moco.execution import Execution, execution_of, start_momentum
 from moco.seeds import shuffle_order
@@ -209,3 +210,30 @@ def test_programs_say_what_they_do_and_take_each_others_checkpoints(folders, tmp
     assert code == 0, errors
     assert "--fast turns on: --channels-last\n" in output and "Acc@1" in output
     assert cli(main_lincls.main, *words, "--amp", "fp16")[0] == 2
+
+
+def distributed_losses(rank, world, flags):
+    """The losses of five steps of one of several processes under DistributedDataParallel."""
+    execution = Execution(CPU, **flags)
+    torch.manual_seed(0)
+    model = MoCo(TwoLayers, 16, 64, 0.99, 0.2, mlp=True, epsilon=0.1, bn_splits=2).train()
+    execution.prepare(model.encoder_q, model.encoder_k)
+    wrapped = wrap(model, Process(rank, world, rank, world, world, CPU), ("queue", "queue_ptr"))
+    sgd, found = torch.optim.SGD(wrapped.parameters(), 0.03, 0.9, fused=True), []
+    for step in range(5):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        views = [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)]
+        order = shuffle_order(0, 0, step, 8 * world)
+        loss, _ = wrapped(*views, weights=losses.weights("ifm", 1.0), order=order)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        found.append(loss.item())
+    return found
+
+
+def test_compiled_encoders_work_under_ddp(run_ranks):
+    plain, compiled = (run_ranks(2, distributed_losses, flags) for flags in ({}, {"compile": True}))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert plain[0] != pytest.approx(plain[1], rel=1e-3)  # negative control: the ranks have other images
