@@ -28,16 +28,8 @@ from moco.execution import execution_of, start_momentum
 from moco.finish import finisher
 from moco.launch import launch
 from moco.meters import StepLog, accuracy, check_finite
-from moco.options import (
-    check_output,
-    check_shared,
-    data_folder,
-    fast_line,
-    loading_line,
-    loading_of,
-    settings,
-    shared_parser,
-)
+from moco.options import check_shared, shared_parser
+from moco.run_settings import check_output, data_folder, fast_line, loading_line, loading_of, settings
 from moco.schedules import learning_rate, set_learning_rate
 from moco.seeds import run_seed
 from moco.views import normalise
@@ -90,7 +82,7 @@ def main():
 
 def evaluate_features(process, args, folder):
     """Train and validate the classifier in one process of the run."""
-    say = print if process.is_first else lambda *_: None
+    say = process.say
     source = args.resume or args.pretrained
     checkpoint = read_checkpoint(source) if source else {}
     check_arch(checkpoint, args.arch, source)

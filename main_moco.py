@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,100 +29,14 @@ from moco.execution import Execution, execution_of, start_momentum
 from moco.finish import finisher
 from moco.launch import launch
 from moco.meters import StepLog, rank_accuracy
-from moco.options import (
-    check_output,
-    check_shared,
-    data_folder,
-    fast_line,
-    loading_line,
-    loading_of,
-    settings,
-    shared_parser,
-)
+from moco.pretrain_options import check, notes, parse_args
 from moco.progress import duration
 from moco.resume import same_course, start_from
 from moco.run_folder import RunFolder
+from moco.run_settings import check_output, data_folder, fast_line, loading_line, loading_of, settings
 from moco.schedules import learning_rate, set_learning_rate
 from moco.seeds import STEP, fold, run_seed, shuffle_order
 from moco.watch import PREEMPTED, Signals, Watch
-
-
-def parse_args():
-    parser = shared_parser(
-        "Pre-train an encoder without labels by momentum contrast, with or without IFM.",
-        epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4,
-    )  # fmt: skip
-    moco = parser.add_argument_group("MoCo (v2 is --mlp --moco-t 0.2 --aug-plus --cos)")
-    moco.add_argument(
-        "--moco-dim", type=int, default=128, metavar="C", help="feature length (default: %(default)s)"
-    )
-    moco.add_argument(
-        "--moco-k", type=int, default=65536, metavar="K", help="keys in the queue (default: %(default)s)"
-    )
-    moco.add_argument(
-        "--moco-m", type=float, default=0.999, metavar="M", help="key momentum (default: %(default)s)"
-    )
-    moco.add_argument(
-        "--moco-t", type=float, default=0.07, metavar="T", help="temperature (default: %(default)s)"
-    )
-    moco.add_argument("--mlp", action="store_true", help="give the head MoCo v2's hidden layer")
-    moco.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation, with blur")
-    moco.add_argument("--cos", action="store_true", help="cosine learning rate instead of --schedule")
-    moco.add_argument(
-        "--bn-splits", type=int, default=1, metavar="G",
-        help="BatchNorm over G groups in one process, as G processes have (upstream: 8 GPUs; default: off)",
-    )  # fmt: skip
-    ifm = parser.add_argument_group("implicit feature modification")
-    ifm.add_argument(
-        "--method",
-        choices=("ifm", "ifm_only"),
-        help="add the perturbed loss, or use it alone (default: plain InfoNCE)",
-    )
-    ifm.add_argument("--epsilon", type=float, metavar="E", help="step of the perturbation (default: 0.1)")
-    ifm.add_argument("--alpha", type=float, metavar="A", help="weight of the perturbed loss (default: 1.0)")
-    keeping = parser.add_argument_group("checkpoints")
-    keeping.add_argument(
-        "--keep",
-        type=int,
-        default=1,
-        metavar="N",
-        help="how many of the newest epochs' (default: %(default)s)",
-    )
-    keeping.add_argument(
-        "--save-freq",
-        type=int,
-        default=0,
-        metavar="N",
-        help="keep every N-th epoch's besides (default: none)",
-    )
-    return parser.parse_args()
-
-
-def check(args):
-    """Fill in the defaults of IFM and refuse flags that contradict each other, before anything is started."""
-    check_shared(args)
-    if args.method is None and (args.epsilon is not None or args.alpha is not None):
-        raise UserError("--epsilon and --alpha belong to IFM; add --method ifm, or leave them out")
-    if args.method == "ifm_only" and args.alpha is not None:
-        raise UserError(
-            "--alpha weighs the perturbed loss against the plain one, which --method ifm_only does not have"
-        )
-    if args.method:
-        args.epsilon = 0.1 if args.epsilon is None else args.epsilon
-        args.alpha = 1.0 if args.alpha is None else args.alpha
-        for name in ("epsilon", "alpha"):
-            if not 0 <= getattr(args, name) < math.inf:
-                raise UserError(f"--{name} must be 0 or more, not {getattr(args, name)}")
-    if not 0 <= args.moco_m <= 1:
-        raise UserError(f"--moco-m must be between 0 and 1, not {args.moco_m}")
-    if not 0 < args.moco_t < math.inf:
-        raise UserError(f"--moco-t must be above 0, not {args.moco_t}")
-    for name in ("moco_dim", "moco_k", "bn_splits", "keep"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-
-    if args.save_freq < 0:
-        raise UserError(f"--save-freq must be 0 (none) or more, not {args.save_freq}")
 
 
 def main():
@@ -152,11 +67,15 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     watch: Watch
+    data: dict | None = None  # images and global batch
+    chance: float = math.nan  # loss of a model that tells nothing apart
+    output: RunFolder | None = None
+    bad_image_lines: Callable | None = None  # of an epoch
 
 
 def pretrain(process, args, folder):
     """Train in one process of the run, from where it stands to the last epoch."""
-    say = print if process.is_first else lambda *_: None
+    say = process.say
     output = RunFolder(args.output_dir, args.keep, args.save_freq)
     source, checkpoint = start_from(process, args.resume, output, args.arch, say)
     execution = execution_of(
@@ -212,39 +131,51 @@ def pretrain(process, args, folder):
         say(line)
 
     with Signals() as signals:
-        run = Run(
-            args, process, seed, chosen, loader, finish, execution, model, optimizer, Watch(signals, process)
-        )
-        start, first_epoch = time.monotonic(), epoch
-        for epoch in range(first_epoch, args.epochs):
-            lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
-            set_learning_rate(optimizer, lr)
-            batches.epoch, batches.first = epoch, step
-            log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0, step)
-            if step:
-                log.load_state_dict(checkpoint["log"], process.device)
-            step, told = train_epoch(run, epoch, log)
-            for line in bad_images.lines(epoch, paths_of(images)):
-                say(line)
+        watch = Watch(signals, process)
+        run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch)
+        run.data, run.chance, run.output = data, chance, output
+        run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
+        train(run, epoch, step, checkpoint.get("log"))
 
-            whole = step == len(batches)
-            if whole:
-                seconds = (time.monotonic() - start) / (epoch + 1 - first_epoch)
-                fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
-                say(
-                    f"epoch {epoch}: loss {log.loss.mean:.4f} (chance {chance:.4f}), lr {lr:.3g}, "
-                    f"queue {fill:.0%} full, {duration(seconds)} an epoch, "
-                    f"{duration(seconds * (args.epochs - epoch - 1))} left"
-                )
+
+def train(run, epoch, step, log_state=None):
+    """Train from `step` of `epoch` to the end, or until a process is told to stop: then SystemExit ends it.
+
+    log_state: of the StepLog of an epoch that is continued.
+    """
+    args, process, batches = run.args, run.process, run.loader.batch_sampler
+    start, first_epoch = time.monotonic(), epoch
+    for epoch in range(first_epoch, args.epochs):
+        lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
+        set_learning_rate(run.optimizer, lr)
+        batches.epoch, batches.first = epoch, step
+        log = StepLog(f"Epoch: [{epoch}]", run.loader, args.print_freq if process.is_first else 0, step)
+        if step:
+            log.load_state_dict(log_state, process.device)
+        step, told = train_epoch(run, epoch, log)
+        for line in run.bad_image_lines(epoch):
+            process.say(line)
+
+        whole = step == len(batches)
+        if whole:
+            seconds = (time.monotonic() - start) / (epoch + 1 - first_epoch)
+            fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
+            process.say(
+                f"epoch {epoch}: loss {log.loss.mean:.4f} (chance {run.chance:.4f}), lr {lr:.3g}, "
+                f"queue {fill:.0%} full, {duration(seconds)} an epoch, "
+                f"{duration(seconds * (args.epochs - epoch - 1))} left"
+            )
+        if process.is_first:
+            state = state_of(run, epoch + whole, 0 if whole else step)
+            path = run.output.save(state | {"log": log.state_dict(), "data": run.data})
+        if told and not (whole and epoch + 1 == args.epochs):
+            from_first(None)  # all wait for the file: who leaves first may take the others along
+            name = run.watch.signals.name or "a signal to another process"
+            process.say(f"stopped in epoch {epoch} after {step} of {len(batches)} steps, as {name} said")
             if process.is_first:
-                state = state_of(run, epoch + whole, 0 if whole else step)
-                path = output.save(state | {"log": log.state_dict(), "data": data})
-            if told and not (whole and epoch + 1 == args.epochs):
-                from_first(None)  # all wait for the file: who leaves first may take the others along
-                say(f"stopped in epoch {epoch} after {step} of {len(batches)} steps, as {signals.name} said")
-                say(f"{path} has it all; --resume auto goes on" if process.is_first else "")
-                raise SystemExit(PREEMPTED)
-            step = 0
+                print(f"{path} has it all; --resume auto goes on")
+            raise SystemExit(PREEMPTED)
+        step = 0
 
 
 def train_epoch(run, epoch, log):
@@ -295,25 +226,6 @@ def state_of(run, epoch, step):
         "step": step,
         "settings": run.settings,
     }
-
-
-def notes(args, chance, images, batchnorm_groups):
-    """What a user should know about this run, a line each."""
-    of_ifm = f"; {chance:.4f} with the perturbed loss of IFM" if args.method else ""
-    yield (
-        f"at chance the loss is ln(1+K) = {losses.chance(args.moco_k):.4f}{of_ifm}; it starts lower, "
-        "rises while the queue fills, then falls"
-    )
-    if batchnorm_groups == 1:
-        yield (
-            "note: with one BatchNorm group shuffling hides nothing, so a query and its key share "
-            "statistics and the model can find its positives by them; --bn-splits 8 gives what 8 GPUs have"
-        )
-    if args.moco_k > images:
-        yield (
-            f"warning: a queue of {args.moco_k} keys holds every one of {images} images more than once, so "
-            "an image is contrasted with itself; lower --moco-k"
-        )
 
 
 if __name__ == "__main__":

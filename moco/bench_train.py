@@ -25,9 +25,9 @@ from moco.errors import UserError
 from moco.execution import execution_of
 from moco.finish import finisher
 from moco.meters import StepLog
-from moco.options import loading_line, loading_of
 from moco.photographs import make_photographs
 from moco.progress import Progress
+from moco.run_settings import loading_line, loading_of
 from moco.watch import Signals, Watch
 
 EPSILON, ALPHA, T, DIM, LR, SEED = 0.1, 1.0, 0.2, 128, 0.03, 0

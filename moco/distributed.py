@@ -30,6 +30,11 @@ class Process:
     def is_first(self):
         return self.rank == 0
 
+    def say(self, line):
+        """Print a line in the first process of the run."""
+        if self.is_first:
+            print(line)
+
     @property
     def cores(self):
         """This process's share of the machine's cores."""

@@ -23,7 +23,8 @@ def start_from(process, resume, output, arch, say):
 def same_course(checkpoint, source, data, settings, say):
     """Refuse or, where it can work, note what differs between the run of a checkpoint and this one.
 
-    data: `images` and `global_batch` of this run; settings: moco.options.settings of it. Raises UserError.
+    data: `images` and `global_batch` of this run; settings: moco.run_settings.settings of it. Raises
+    UserError.
     """
     before = checkpoint.get("settings", {})
     for name in ("moco_dim", "moco_k", "mlp"):

@@ -10,6 +10,9 @@ import traceback
 
 import numpy as np
 import pytest
+
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at import; a pool's threads do not survive a fork
+
 import torch
 import torch.distributed as dist
 from command_lines import MOCO, program

@@ -9,7 +9,7 @@ from command_lines import MOCO, SMALL
 
 import main_lincls
 import main_moco
-from moco import options, trifeature
+from moco import run_settings, trifeature
 
 STEP = re.compile(
     r"Epoch: \[\d\]\[\d/\d\]\tTime +[\d.]+ \( *[\d.]+\)\tData +[\d.]+ \( *[\d.]+\)\tLoss \d\.\d{4}e[+-]\d\d "
@@ -116,7 +116,7 @@ def test_trifeature_is_drawn_and_its_factors_are_read(tmp_path, cli, monkeypatch
         if not folder.exists():
             trifeature.generate(folder, 16, 1, progress=False)
 
-    monkeypatch.setattr(options.trifeature, "ensure", small)
+    monkeypatch.setattr(run_settings.trifeature, "ensure", small)
     words = [*SMALL, "--dataset", "trifeature", "--dataset_root", tmp_path]
     words += ["--output-dir", tmp_path, "--epochs", "1"]
     code, output, errors = cli(main_lincls.main, *words, "-b", "400", "--target", "color", "--lr", "1")
