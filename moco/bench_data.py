@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from moco.bench_pipelines import NAMES, in_turns, pipelines, stage_shares
-from moco.bench_report import machine, spread, versions
+from moco.bench_pipelines import NAMES, pipelines, stage_shares, turn_of
+from moco.bench_report import in_turns, machine, spread, versions
 from moco.bench_workers import check_shared_memory, end_to_end, transports
 from moco.decoders import decode_simplejpeg, decoder, read_pixels
 from moco.draws import draw, moco_v2
@@ -112,9 +112,10 @@ def _one_core(paths, size, batch_size, rounds, simplejpeg):
     """The part of the report that no other process takes part in."""
     with _pinned() as core:
         runs = pipelines(paths, size, batch_size, simplejpeg)
-        in_turns(runs, 1, lambda: None)  # nothing is fast the first time
+        turn = turn_of(runs)
+        in_turns(runs, 1, turn, lambda: None)  # nothing is fast the first time
         with Progress("one core", rounds, "rounds") as bar:
-            taken = in_turns(runs, rounds, bar.update)
+            taken = in_turns(runs, rounds, turn, bar.update)
         shares = stage_shares(paths, size, batch_size)
     rates = {name: len(paths) / np.array(values) for name, values in taken.items()}
     rows = {

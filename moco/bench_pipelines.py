@@ -93,22 +93,18 @@ def pipelines(paths, size, batch_size, simplejpeg):
     }
 
 
-def in_turns(runs, rounds, done):
-    """CPU seconds of every run in each round, a dict of lists. Each round starts with another run.
+def turn_of(runs):
+    """turn(name): the CPU seconds of what runs[name](turns so far) gives to be run."""
+    turns = dict.fromkeys(runs, 0)
 
-    done: called after each round.
-    """
-    seconds = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            work = runs[name](number)
-            start = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - start)
-        done()
-    return seconds
+    def turn(name):
+        work = runs[name](turns[name])
+        turns[name] += 1
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    return turn
 
 
 def stage_shares(paths, size, batch_size, repeats=3):

@@ -111,3 +111,18 @@ def _device_half(report, gpu):
 def _rate(row, digits=None):
     digits = (0 if row["median"] >= 200 else 1) if digits is None else digits
     return "{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".format(**row, digits=digits)
+
+
+def in_turns(names, rounds, turn, done):
+    """What turn(name) gives for every name in each round, a dict of lists. Each round starts with another.
+
+    done: called after each round.
+    """
+    names = list(names)
+    taken = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(turn(name))
+        done()
+    return taken

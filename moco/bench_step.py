@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from moco import losses
 from moco.bench import STEP_ROWS
-from moco.bench_report import spread
-from moco.bench_step_report import Row, described, hours, in_turns, peak_bytes, timed
+from moco.bench_report import in_turns, spread
+from moco.bench_step_report import Row, described, hours, peak_bytes, timed
 from moco.bench_train import ALPHA, DIM, EPSILON, LR, SEED, T, check_positive, setting, trainer
 from moco.builder import MoCo
 from moco.contrast import contrast

@@ -28,21 +28,6 @@ NAMES = {
 }
 
 
-def in_turns(names, rounds, turn, done):
-    """What turn(name) gives for every name in each round, a dict of lists. Each round starts with another.
-
-    done: called after each round.
-    """
-    names = list(names)
-    taken = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            taken[name].append(turn(name))
-        done()
-    return taken
-
-
 class Row:
     """Something that is measured, after its first step, whose loss is `first_loss` (None: it has none)."""
 

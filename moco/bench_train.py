@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from main_moco import Run, train_epoch
-from moco.bench_report import spread
-from moco.bench_step_report import described, hours, in_turns, timed
+from moco.bench_report import in_turns, spread
+from moco.bench_step_report import described, hours, timed
 from moco.builder import MoCo
 from moco.data import image_folder
 from moco.distributed import Process, wrap

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import TinyEncoder
 
-from moco import bench, bench_step, bench_step_report, bench_train
+from moco import bench, bench_report, bench_step, bench_step_report, bench_train
 from moco.bench_train import Watched, setting
 from moco.builder import MoCo
 from moco.errors import UserError
@@ -102,7 +102,7 @@ def test_the_ceiling_is_two_forward_passes_and_one_backward(tiny, monkeypatch):
 
 def test_rows_take_turns():
     order, done = [], []
-    taken = bench_step_report.in_turns(
+    taken = bench_report.in_turns(
         "abc", 4, lambda name: order.append(name) or len(order), lambda: done.append(len(order))
     )
     assert "".join(order) == "abcbcacababc"
