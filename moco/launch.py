@@ -74,12 +74,12 @@ def launch(worker, arguments, *, nodes=-1, node_rank=-1, url=None, backend=None,
 
 
 def _run(worker, arguments, url, backend, gpu):
-    process = _join(url, backend, gpu)
     try:
+        process = _join(url, backend, gpu)
         with worker_errors():  # the death of a data worker can surface anywhere in the program
             worker(process, *arguments)
     except RuntimeError as error:
-        if process.world_size > 1 and (lost := peer_loss(error)):
+        if dist.is_initialized() and (lost := peer_loss(error)):
             raise UserError(lost) from error
         raise
     finally:

@@ -28,13 +28,13 @@ def enter_group(url, rank, world_size, backend):
     try:
         with _said_after(SILENCE, f"rank {rank} of {world_size} is waiting for the others at {place}"):
             store, *_ = next(dist.rendezvous(url, rank, world_size, timeout=timedelta(seconds=PATIENCE)))
-            store = dist.PrefixStore(agreed_start(store, rank, world_size), store)
+            store = dist.PrefixStore(agreed_start(store, rank, world_size, PATIENCE), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
         raise UserError(_no_meeting(place, rank, error)) from error
 
 
-def agreed_start(store, rank, world_size, patience=PATIENCE):
+def agreed_start(store, rank, world_size, patience):
     """A name of this start of the run that all its ranks agree on and that no earlier start had.
 
     torchrun can keep its store when it starts the processes again, with what the dead left there, and its
@@ -85,7 +85,10 @@ def peer_loss(error):
     text = str(error)
     if re.search("Connection (closed|reset) by peer", text):
         return "another process of the run ended; its message says why"
-    found = re.search(r"gloo/transport/\S+\] (.*?)(\. This is|$)", text, re.DOTALL)
+    # What gloo says of a wait that took too long, and of every later one.
+    found = re.search(
+        r"(?:gloo/transport/\S+\] |(?=Application timeout))(.*?)(?:\. This is|$)", text, re.DOTALL
+    )
     if found:
         return (
             f"another process of the run does not answer ({found[1]}); its node, or the network between, has "

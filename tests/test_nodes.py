@@ -13,10 +13,12 @@ import torch.distributed as dist
 from test_processes import Program, all_end
 from test_resume import WORDS, pretrained
 
-from moco.meeting import agreed_start
+from moco import meeting
+from moco.errors import UserError
+from moco.meeting import agreed_start, code_hash, peer_loss
 
-LONG = ["-j", "0", "--epochs", "20", "--keep", "2", "--resume", "auto"]
-LAST, BEFORE = "checkpoint_0019.pth.tar", "checkpoint_0018.pth.tar"
+LONG = ["-j", "0", "--epochs", "12", "--keep", "2", "--resume", "auto"]
+LAST, BEFORE = "checkpoint_0011.pth.tar", "checkpoint_0010.pth.tar"
 # The loop of the README, with a shorter pause.
 LOOP = 'for try in 1 2 3 4 5; do "$@" && exit; echo "try $try ended with $?"; sleep 1; done; exit 1'
 SHELL = "import os, sys; os.execvp('bash', ['bash', '-c', *sys.argv[1:]])"
@@ -141,4 +143,42 @@ def test_a_rank_takes_no_start_of_the_dead_for_its_own():
     assert isinstance(also_alone, RuntimeError)
     (after,) = set(meet(store, [1, 0], 2))
     assert after != before
-    assert agreed_start(store, 0, 1) != after
+    assert agreed_start(store, 0, 1, 1.0) not in (before, after)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_meets_nobody_says_so_and_gives_up(rank, free_port, monkeypatch, capsys):
+    monkeypatch.setattr(meeting, "PATIENCE", 1.0)
+    monkeypatch.setattr(meeting, "SILENCE", 0.2)
+    url = f"tcp://127.0.0.1:{free_port}"
+    with pytest.raises(UserError, match=f"^rank {rank} could not meet the others at {url} .* check address"):
+        meeting.enter_group(url, rank, 2, "gloo")
+    assert capsys.readouterr().err == f"rank {rank} of 2 is waiting for the others at {url}\n"
+
+
+def test_what_gloo_says_of_a_peer_that_is_gone_becomes_one_sentence():
+    place = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] "
+    more = ". This is typically caused by a remote worker hanging or bugs in the application."
+    for reason in (
+        "Read error [10.77.0.2]:9445: Connection timed out",
+        "Read error [::1]:1: No route to host",
+    ):
+        sentence = peer_loss(RuntimeError(place + reason + more))
+        assert sentence.startswith(f"another process of the run does not answer ({reason}); ")
+    assert "not answer (Application timeout caused" in peer_loss(
+        RuntimeError("Application timeout caused pair closure")
+    )
+    ended = peer_loss(RuntimeError(place + "Connection closed by peer [127.0.0.1]:42" + more))
+    assert ended == "another process of the run ended; its message says why"
+    assert peer_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_the_hash_of_the_code_sees_every_module_and_program(tmp_path):
+    (tmp_path / "moco").mkdir()
+    found = []
+    for name in ("moco/a.py", "moco/b.py", "main_x.py", "moco/a.py", "README.md"):
+        with open(tmp_path / name, "a") as file:
+            file.write("1\n")
+        found.append(code_hash(tmp_path / "moco"))
+    assert len(set(found)) == 4 and found[-1] == found[-2]
+    assert code_hash() == code_hash() != found[0]
