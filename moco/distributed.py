@@ -99,5 +99,5 @@ def check_agreement(settings):
             if value != everyone[0][name]:
                 raise UserError(
                     f"the processes were started differently: {name} is {everyone[0][name]} on rank 0 and "
-                    f"{value} on rank {rank}; give all nodes the same flags"
+                    f"{value} on rank {rank}; give all nodes the same flags and code"
                 )

@@ -7,7 +7,6 @@ them the world is one process.
 
 import contextlib
 import os
-import re
 import signal
 import socket
 
@@ -16,8 +15,9 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessRaisedException
 
 from moco.cores import available_cores
-from moco.distributed import Process
+from moco.distributed import Process, check_agreement, everybodys
 from moco.errors import UserError
+from moco.meeting import code_hash, enter_group, peer_loss
 from moco.watch import PREEMPTED, SIGNALS
 from moco.workers import worker_errors
 
@@ -74,13 +74,13 @@ def launch(worker, arguments, *, nodes=-1, node_rank=-1, url=None, backend=None,
 
 
 def _run(worker, arguments, url, backend, gpu):
-    process = _join(url, backend, gpu)
     try:
+        process = _join(url, backend, gpu)
         with worker_errors():  # the death of a data worker can surface anywhere in the program
             worker(process, *arguments)
     except RuntimeError as error:
-        if process.world_size > 1 and re.search("Connection (closed|reset) by peer", str(error)):
-            raise UserError("another process of the run ended; its message says why") from error
+        if dist.is_initialized() and (lost := peer_loss(error)):
+            raise UserError(lost) from error
         raise
     finally:
         if dist.is_initialized():
@@ -111,16 +111,9 @@ def _join(url, backend, gpu):
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = backend or ("nccl" if has_gpu else "gloo")
-    try:
-        store, *_ = next(dist.rendezvous(url, rank, world_size))
-        # torchrun keeps its store when it starts the processes again: what the dead left there is not ours.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(_no_meeting(url, rank, error)) from error
-    hosts = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    sharing = hosts.count(socket.gethostname())
+    enter_group(url, rank, world_size, backend)
+    check_agreement({"torch": torch.__version__, "code": code_hash()})
+    sharing = everybodys(socket.gethostname()).count(socket.gethostname())
     if device.type == "cpu":
         torch.set_num_threads(max(1, available_cores() // sharing))
     return Process(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), sharing, device)
@@ -213,13 +206,3 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _no_meeting(url, rank, error):
-    text = str(error)
-    if "EADDRINUSE" in text or "address already in use" in text.lower():
-        return f"the port of {url} is in use; name another one in --dist-url (torchrun: --master-port)"
-    first_line = text.strip().splitlines()[0][:160]
-    return (
-        f"rank {rank} could not meet the others at {url} ({first_line}); check address, port and world size"
-    )
