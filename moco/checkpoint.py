@@ -8,6 +8,7 @@ import torch
 
 from moco.errors import UserError
 from moco.files import atomic_file
+from moco.seal import check_seal, sealed
 from moco.workers import worker_errors
 
 # What DistributedDataParallel and torch.compile put before or into the names of a model's tensors.
@@ -18,13 +19,13 @@ COMPILE_MARK = "_orig_mod."
 def save_checkpoint(checkpoint, path):
     """Write a dict of tensors and plain values; `path` shows the old file or the whole new one, never a part.
 
-    The dict gets an entry `sha256`, by which read_checkpoint finds out whether a bit has flipped. Raises
-    UserError when the disk is full or the folder cannot be written to.
+    It is sealed (moco.seal), by which read_checkpoint finds out whether a bit has flipped. Raises UserError
+    when the disk is full or the folder cannot be written to.
     """
     try:
         # The death of a data worker is a RuntimeError too, raised wherever the program is at that moment.
-        with atomic_file(path) as temporary, worker_errors():
-            torch.save({**checkpoint, "sha256": content_hash(checkpoint)}, temporary)
+        with atomic_file(path) as temporary, worker_errors(), sealed(temporary):
+            torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
         raise UserError(
@@ -45,12 +46,13 @@ def read_checkpoint(path):
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     _refuse_compressed(path)
+    check_seal(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in whatever part of torch reads the damage
         raise UserError(_unreadable(path, error)) from error
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
-    stored = checkpoint.pop("sha256", None)
+    stored = checkpoint.pop("sha256", None)  # of files that were written before there were seals
     if stored is not None and stored != content_hash(checkpoint):
         raise UserError(f"{path} is damaged: its content has not the SHA-256 that was saved with it")
     state = checkpoint["state_dict"]
