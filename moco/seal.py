@@ -26,7 +26,7 @@ def sealed(path):
     """Seal the file at `path`, which exists, when the block has written it from its beginning to its end.
 
     While the block writes, its bytes are hashed and sent to the disk, so that hardly more time passes than
-    the slowest of the three takes; that they are on the disk is for the caller to ask (fsync). Raises OSError.
+    the slowest of the three takes. The caller's fsync still has to follow. Raises OSError.
     """
     whole = threading.Event()
     with ThreadPoolExecutor(2) as threads:

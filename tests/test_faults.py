@@ -5,10 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from command_lines import ROOT
+from forked_program import forked
 from test_resume import WORDS, content, pretrained
 from tiny import TinyEncoder
 
@@ -17,7 +19,7 @@ from moco import losses
 from moco.builder import MoCo
 from moco.checkpoint import read_checkpoint
 from moco.errors import UserError
-from moco.watch import Signals
+from moco.watch import SAME, Signals
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoints(
@@ -86,15 +88,18 @@ def test_keys_that_are_no_numbers_do_not_enter_the_queue(value):
 
 
 def test_a_second_signal_ends_at_once():
-    code = (
-        "import os, signal, time\nfrom moco.watch import Signals\n"
-        "with Signals() as signals:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(signals.name, flush=True); time.sleep(1.2)\n"
-        "    os.kill(os.getpid(), signal.SIGINT); print('still here', flush=True)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 128 + signal.SIGINT and run.stdout == "SIGTERM\n"
+    def main():
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # by a terminal and by a parent: counts once
+            print(signals.name)
+            time.sleep(SAME + 0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("still here")
+
+    pid, output = forked(main, (1, 2))
+    assert output.read() == "SIGTERM\n"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
 
 
 def test_signals_are_only_heard_inside():

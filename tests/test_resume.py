@@ -66,11 +66,21 @@ def whole(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world", "workers", "step"), [(1, 0, 1), (1, 4, 4), (1, 1, 3), (2, 0, 3), (2, 1, 1), (2, 4, 4)]
+    ("world", "workers", "step", "number"),
+    [
+        (1, 0, 1, signal.SIGTERM),
+        (1, 4, 4, signal.SIGINT),
+        (1, 1, 3, signal.SIGUSR1),
+        (2, 0, 3, signal.SIGINT),
+        (2, 1, 1, signal.SIGUSR1),
+        (2, 4, 4, signal.SIGTERM),
+    ],
 )
-def test_a_run_stopped_by_a_signal_goes_on_exactly(run_ranks, folders, tmp_path, whole, world, workers, step):
+def test_a_run_stopped_by_a_signal_goes_on_exactly(
+    run_ranks, folders, tmp_path, whole, world, workers, step, number
+):
     words = [*WORDS, "-j", workers * world, "--output-dir", tmp_path]
-    stop = (world - 1, step, signal.SIGTERM)
+    stop = (world - 1, step, number)
     assert run_ranks(world, pretrained, words, folders, stop) == [PREEMPTED] * world
     stopped = sorted(os.listdir(tmp_path))
     assert "checkpoint_0001.pth.tar" not in stopped and len(stopped) == (2 if step == 4 else 1)
