@@ -46,8 +46,8 @@ class Signals:
 
 
 def end_without(parent):
-    """Tell this process to stop, by SIGTERM, when the process `parent`, which started it, is gone; end it when
-    it has not stopped in GRACE seconds.
+    """Tell this process to stop, by SIGTERM, when the process `parent`, which started it, is gone; end it
+    when it has not stopped in GRACE seconds.
 
     By itself torch has the system send SIGINT then, to spawned processes alone, and they ignore it where the
     parent does, as all that a script starts in the background does.

@@ -14,8 +14,8 @@ from moco.errors import run_program
 
 
 def forked(main, outputs=(2,)):
-    """Start run_program(main) in a forked process with a process group of its own: (its number, a file to read
-    what it writes). outputs: which of 1 and 2 the file is for.
+    """Start run_program(main) in a forked process with a process group of its own: (its number, a file to
+    read what it writes). outputs: which of 1 and 2 the file is for.
     """
     read, write = os.pipe()
     sys.stdout.flush()

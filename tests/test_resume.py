@@ -1,5 +1,6 @@
 """A run that stops, after an epoch or within one, and goes on is to the bit a run that never stopped."""
 
+import hashlib
 import os
 import signal
 import sys
@@ -9,7 +10,6 @@ import torch
 from command_lines import MOCO
 
 import main_moco
-from moco.checkpoint import content_hash
 from moco.distributed import Process
 from moco.run_folder import RunFolder
 from moco.watch import PREEMPTED
@@ -44,10 +44,33 @@ def pretrained(rank, world, words, folder, stop=None):
 
 
 def content(folder, name="checkpoint_0001.pth.tar"):
+    """{entry: SHA-256} of a checkpoint: of the keys, types, shapes and bytes, in order."""
     checkpoint = torch.load(folder / name, weights_only=True)
-    return {
-        key: content_hash(value) for key, value in checkpoint.items() if key not in ("settings", "sha256")
-    }
+    return {key: content_hash(value) for key, value in checkpoint.items() if key != "settings"}
+
+
+def content_hash(value):
+    digest = hashlib.sha256()
+    _add_to(digest, value)
+    return digest.hexdigest()
+
+
+def _add_to(digest, value):
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}".encode())
+        for key, item in value.items():
+            _add_to(digest, key)
+            _add_to(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        for item in value:
+            _add_to(digest, item)
+    else:
+        digest.update(f"{type(value).__name__} {value!r}".encode())
 
 
 @pytest.fixture(scope="module")
