@@ -1,5 +1,8 @@
 """Checkpoint files: written whole or not at all, read without running what is in them."""
 
+import errno
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -26,10 +29,9 @@ def save_checkpoint(checkpoint, path):
         with atomic_file(path) as temporary, worker_errors(), sealed(temporary):
             torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
         raise UserError(
-            f"cannot write the checkpoint {path} ({_first_line(error)}); free space or choose another "
-            "--output-dir"
+            f"cannot write the checkpoint {path} ({_why(error, checkpoint, path)}); free space or choose "
+            "another --output-dir"
         ) from error
 
 
@@ -44,8 +46,8 @@ def read_checkpoint(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
-    _refuse_compressed(path)
     check_seal(path)
+    _refuse_compressed(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in whatever part of torch reads the damage
@@ -114,7 +116,7 @@ def continue_from(checkpoint, path, model, optimizer, epochs, scaler=None):
         _momentum_as_weights(optimizer)
         if scaler is not None and scaler.is_enabled() and "scaler" in checkpoint:
             scaler.load_state_dict(checkpoint["scaler"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"the optimizer state in {path} is of another model ({_first_line(error)})"
         ) from error
@@ -154,6 +156,14 @@ def load_strictly(model, state_dict, path, may_miss=()):
     model.load_state_dict(state_dict, strict=not may_miss)
 
 
+def _why(error, checkpoint, path):
+    """What the system said; torch's zip writer makes a RuntimeError of a full disk, and does not say it."""
+    full = isinstance(error, RuntimeError) and (
+        shutil.disk_usage(Path(path).parent).free < tensor_bytes(checkpoint)
+    )
+    return os.strerror(errno.ENOSPC) if full else _first_line(error)
+
+
 def _momentum_as_weights(optimizer):
     """Give the momentum of each weight the weight's layout in memory, by which fused SGD pairs their values.
 
@@ -172,7 +182,7 @@ def _refuse_compressed(path):
     try:
         with zipfile.ZipFile(path) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # zipfile has one for each kind of damage
         raise UserError(f"{path} cannot be read as a checkpoint ({error}); it is damaged") from error
     if packed:
         raise UserError(

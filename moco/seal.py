@@ -26,7 +26,7 @@ def sealed(path):
     """Seal the file at `path`, which exists, when the block has written it from its beginning to its end.
 
     While the block writes, its bytes are hashed and sent to the disk, so that hardly more time passes than
-    the slowest of the three takes. The caller's fsync still has to follow. Raises OSError.
+    the slowest of the three takes. At the end the file is on the disk. Raises OSError.
     """
     whole = threading.Event()
     with ThreadPoolExecutor(2) as threads:
@@ -40,6 +40,8 @@ def sealed(path):
     with open(path, "r+b") as file:
         file.seek(-LENGTH_BYTES, os.SEEK_END)
         file.write(_length(seal) + seal)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_seal(path):
