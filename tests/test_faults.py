@@ -22,20 +22,46 @@ from moco.errors import UserError
 from moco.watch import SAME, Signals
 
 
+def spoil_a_weight(monkeypatch):
+    """Have a weight of the query encoder be no number from the second step on."""
+    real, steps = main_moco.torch.manual_seed, []  # called at the start of each step, and once before
+
+    def seeded(seed):
+        steps.append(seed)
+        if len(steps) == 3:
+            next(models[0].encoder_q.parameters()).data.view(-1)[0] = torch.nan
+        return real(seed)
+
+    models = []
+
+    def made(*arguments, **options):
+        models.append(MoCo(*arguments, **options))
+        return models[0]
+
+    monkeypatch.setattr(main_moco, "MoCo", made)
+    monkeypatch.setattr(main_moco.torch, "manual_seed", seeded)
+
+
+@pytest.mark.parametrize("fault", ["1e30", "1e6", "weight"])
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoints(
-    folders, tmp_path, cli, monkeypatch
+    folders, tmp_path, cli, monkeypatch, fault
 ):
     words = [*WORDS, "--output-dir", tmp_path, folders]
     assert cli(main_moco.main, *words, "--epochs", "1")[0] == 0
-    before = content(tmp_path, "checkpoint_0000.pth.tar")
-    code, _, errors = cli(main_moco.main, *words, "--resume", "auto", "--lr", "1e30")
+    before = (tmp_path / "checkpoint_0000.pth.tar").read_bytes()
+    if fault == "weight":
+        spoil_a_weight(monkeypatch)
+    lr = {"1e30": r"5e\+29", "1e6": r"500000", "weight": "0.015"}[fault]
+    more = [] if fault == "weight" else ["--lr", fault]
+    code, _, errors = cli(main_moco.main, *words, "--resume", "auto", *more)
     assert code == 2
+    step = "1" if fault == "weight" else r"\d"
     assert re.search(
-        r"the loss of epoch 1 became nan or infinite in step \d or just before, at lr 5e\+29", errors
+        rf"the loss of epoch 1 became nan or infinite in step {step} or just before, at lr {lr};", errors
     )
     assert "lower --lr" in errors and errors.count("\n") == 1
     assert os.listdir(tmp_path) == ["checkpoint_0000.pth.tar"]
-    assert content(tmp_path, "checkpoint_0000.pth.tar") == before
+    assert (tmp_path / "checkpoint_0000.pth.tar").read_bytes() == before
 
 
 def infinite_on_one_rank(rank, world, words, folder, where):
