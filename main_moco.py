@@ -134,6 +134,9 @@ def pretrain(process, args, folder):
         watch = Watch(signals, process)
         run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch)
         run.data, run.chance, run.output = data, chance, output
+        fault = process.is_first and output.lacks_room(state_of(run, epoch, step), args.epochs)
+        if fault := from_first(fault):
+            raise UserError(fault)
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
         train(run, epoch, step, checkpoint.get("log"))
 

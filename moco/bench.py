@@ -1,5 +1,5 @@
 """Measurements on your machine, in turns: `python -m moco.bench data` of ways to load data, `step` of the
-training step, `train` of both together; `scale` computes what a step sends.
+training step, `train` of both together, `save` of a checkpoint; `scale` computes what a step sends.
 """
 
 import argparse
@@ -21,11 +21,12 @@ def main():
     _data_options(commands)
     _step_options(commands)
     _train_options(commands)
+    _save_options(commands)
     _scale_options(commands)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers and remove what was made
 
-    {"data": _data, "step": _step, "train": _train, "scale": _scale}[args.command](args)
+    {"data": _data, "step": _step, "train": _train, "save": _save, "scale": _scale}[args.command](args)
 
 
 def _data_options(commands):
@@ -76,6 +77,25 @@ def _train_options(commands):
     _size_options(train, 3, "and an epoch (default: 60 on CUDA, 8 on a CPU)")
     add("-j", "--workers", type=int, metavar="W", help="loader processes (default: one per core)")
     add("--device-aug", choices=("exact", "float", "off"), help="as in training (default: that of --fast)")
+
+
+def _save_options(commands):
+    text = (
+        "Time the saving of a run's checkpoint, until it is on the disk under its name and with its SHA-256, "
+        "against torch.save in place, in turns."
+    )
+    save = commands.add_parser("save", help="the saving of a checkpoint", description=text)
+    add = save.add_argument
+    add(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        help="on the disk to try (default: that of temporary files)",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    add("-a", "--arch", default="resnet18", metavar="NAME", help="(default: %(default)s)")
+    add("--moco-k", type=int, default=65536, metavar="K", help="keys in the queue (default: %(default)s)")
+    add("--rounds", type=int, default=11, metavar="N", help="turns of each (default: %(default)s)")
 
 
 def _scale_options(commands):
@@ -136,6 +156,13 @@ def _train(args):
         args.folder, workers=args.workers, device_aug=args.device_aug, **_sizes(args)
     )
     print(json.dumps(report) if args.json else bench_step_report.train_table(report))
+
+
+def _save(args):
+    from moco import bench_save  # imports torch
+
+    report = bench_save.measure(args.arch, args.moco_k, args.rounds, args.folder)
+    print(json.dumps(report) if args.json else bench_save.table(report))
 
 
 def _scale(args):

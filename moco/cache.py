@@ -18,7 +18,7 @@ from moco.distributed import everybodys
 from moco.errors import UserError
 from moco.memory import SharedMemory, free_memory, in_words
 from moco.progress import Progress
-from moco.workers import Crew, worker_errors
+from moco.workers import Crew, ctrl_c_later, worker_errors
 
 KINDS = ("decoded", "files")
 PART = 64  # images that a worker does at a time
@@ -196,7 +196,9 @@ def _spread(work, count, process, label):
     progress = Progress(label, sum(map(len, parts)), "images") if process.is_first else None
     try:
         with worker_errors(), progress or contextlib.nullcontext():
-            for answer in loader:
+            with ctrl_c_later():
+                coming = iter(loader)
+            for answer in coming:
                 answers.append(answer)
                 if progress:
                     progress.update(len(answer[0]))

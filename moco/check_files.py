@@ -1,9 +1,7 @@
 """Which files of a folder are images, and what comes of reading each of them on all cores (moco.check)."""
 
-import contextlib
 import io
 import os
-import signal
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from moco.cores import available_cores
 from moco.decoders import decoder, pixels_of, read_bytes, reason
 from moco.errors import UserError
 from moco.progress import Progress
-from moco.workers import Crew, worker_errors
+from moco.workers import Crew, ctrl_c_later, worker_errors
 
 PART = 16  # images that a worker does at a time
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
@@ -114,7 +112,7 @@ def read_all(paths, label, workers=None, name=None):
     read = Read(len(paths), text)
     try:
         with worker_errors(), Progress(label, len(paths), "images") as progress:
-            with _ctrl_c_later():
+            with ctrl_c_later():
                 parts_read = iter(loader)
             for part, answers in parts_read:
                 read.add(part, answers)
@@ -166,18 +164,6 @@ def _orientation(image):
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF does not keep the pixels from being read
         return 1
-
-
-@contextlib.contextmanager
-def _ctrl_c_later():
-    """Keep Ctrl-C until the end of the block, and for good from processes that it starts: one that is only
-    being started, and does not ignore it yet, would end with a traceback.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _three(numbers):

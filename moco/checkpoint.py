@@ -1,6 +1,8 @@
 """Checkpoint files: written whole or not at all, read without running what is in them."""
 
-import hashlib
+import errno
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 
 from moco.errors import UserError
 from moco.files import atomic_file
+from moco.seal import check_seal, sealed
 from moco.workers import worker_errors
 
 # What DistributedDataParallel and torch.compile put before or into the names of a model's tensors.
@@ -18,18 +21,17 @@ COMPILE_MARK = "_orig_mod."
 def save_checkpoint(checkpoint, path):
     """Write a dict of tensors and plain values; `path` shows the old file or the whole new one, never a part.
 
-    The dict gets an entry `sha256`, by which read_checkpoint finds out whether a bit has flipped. Raises
-    UserError when the disk is full or the folder cannot be written to.
+    It is sealed (moco.seal), by which read_checkpoint finds out whether a bit has flipped. Raises UserError
+    when the disk is full or the folder cannot be written to.
     """
     try:
         # The death of a data worker is a RuntimeError too, raised wherever the program is at that moment.
-        with atomic_file(path) as temporary, worker_errors():
-            torch.save({**checkpoint, "sha256": content_hash(checkpoint)}, temporary)
+        with atomic_file(path) as temporary, worker_errors(), sealed(temporary):
+            torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
         raise UserError(
-            f"cannot write the checkpoint {path} ({_first_line(error)}); free space or choose another "
-            "--output-dir"
+            f"cannot write the checkpoint {path} ({_why(error, checkpoint, path)}); free space or choose "
+            "another --output-dir"
         ) from error
 
 
@@ -44,15 +46,13 @@ def read_checkpoint(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
+    check_seal(path)
     _refuse_compressed(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in whatever part of torch reads the damage
         raise UserError(_unreadable(path, error)) from error
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
-    stored = checkpoint.pop("sha256", None)
-    if stored is not None and stored != content_hash(checkpoint):
-        raise UserError(f"{path} is damaged: its content has not the SHA-256 that was saved with it")
     state = checkpoint["state_dict"]
     named_tensors = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
@@ -62,13 +62,13 @@ def read_checkpoint(path):
     return {**checkpoint, "state_dict": plain_names(state)}
 
 
-def content_hash(value):
-    """SHA-256 of tensors and plain values in dicts, lists and tuples, as hexadecimal digits: of the keys, the
-    types, shapes and bytes, in order.
-    """
-    digest = hashlib.sha256()
-    _add_to(digest, value)
-    return digest.hexdigest()
+def tensor_bytes(value):
+    """Bytes of all tensors in dicts, lists and tuples: nearly all of a checkpoint's file."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return tensor_bytes(list(value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def plain_names(state_dict):
@@ -116,7 +116,7 @@ def continue_from(checkpoint, path, model, optimizer, epochs, scaler=None):
         _momentum_as_weights(optimizer)
         if scaler is not None and scaler.is_enabled() and "scaler" in checkpoint:
             scaler.load_state_dict(checkpoint["scaler"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"the optimizer state in {path} is of another model ({_first_line(error)})"
         ) from error
@@ -156,6 +156,14 @@ def load_strictly(model, state_dict, path, may_miss=()):
     model.load_state_dict(state_dict, strict=not may_miss)
 
 
+def _why(error, checkpoint, path):
+    """What the system said; torch's zip writer makes a RuntimeError of a full disk, and does not say it."""
+    full = isinstance(error, RuntimeError) and (
+        shutil.disk_usage(Path(path).parent).free < tensor_bytes(checkpoint)
+    )
+    return os.strerror(errno.ENOSPC) if full else _first_line(error)
+
+
 def _momentum_as_weights(optimizer):
     """Give the momentum of each weight the weight's layout in memory, by which fused SGD pairs their values.
 
@@ -167,24 +175,6 @@ def _momentum_as_weights(optimizer):
             state["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
 
 
-def _add_to(digest, value):
-    if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
-    elif isinstance(value, dict):
-        digest.update(f"dict {len(value)}".encode())
-        for key, item in value.items():
-            _add_to(digest, key)
-            _add_to(digest, item)
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{type(value).__name__} {len(value)}".encode())
-        for item in value:
-            _add_to(digest, item)
-    else:
-        digest.update(f"{type(value).__name__} {value!r}".encode())
-
-
 def _refuse_compressed(path):
     # torch writes its zip entries uncompressed; a compressed one could unpack to any size.
     if not zipfile.is_zipfile(path):
@@ -192,7 +182,7 @@ def _refuse_compressed(path):
     try:
         with zipfile.ZipFile(path) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # zipfile has one for each kind of damage
         raise UserError(f"{path} cannot be read as a checkpoint ({error}); it is damaged") from error
     if packed:
         raise UserError(

@@ -18,7 +18,7 @@ from moco.cores import available_cores
 from moco.distributed import Process, check_agreement, everybodys
 from moco.errors import UserError
 from moco.meeting import code_hash, enter_group, peer_loss
-from moco.watch import PREEMPTED, SIGNALS
+from moco.watch import PREEMPTED, SIGNALS, end_without
 from moco.workers import worker_errors
 
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
@@ -38,6 +38,7 @@ def launch(worker, arguments, *, nodes=-1, node_rank=-1, url=None, backend=None,
                 "torchrun starts the processes and tells them where they meet: leave out "
                 "--multiprocessing-distributed, --world-size, --rank, --dist-url and --gpu"
             )
+        end_without(os.getppid())
         return _run(worker, arguments, "env://", backend, None)
     if url == "env://":
         nodes, node_rank = _from_environment(nodes, node_rank)
@@ -160,6 +161,7 @@ def _signals_passed_on(pids):
 
 def _spawned(index, worker, arguments, url, backend, ranks, messages):
     os.environ.update({name: str(value) for name, value in ranks[index].items()})
+    end_without(torch.multiprocessing.parent_process().pid)
     try:
         _run(worker, arguments, url, backend, None)
     except UserError as error:

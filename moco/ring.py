@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco.errors import UserError
 from moco.memory import SharedMemory, free_memory, in_words
 from moco.slots import Batch, Slots
-from moco.workers import Crew, worker_errors
+from moco.workers import Crew, ctrl_c_later, worker_errors
 
 SMALL_PIECE = 8  # samples: 15 ms of work or more, against a message that costs 0.1 ms
 
@@ -93,7 +93,7 @@ class RingLoader:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
         self._epoch += 1
-        with worker_errors():
+        with worker_errors(), ctrl_c_later():
             answers = iter(self._loader)
         if self._memory and self.device.type == "cuda" and not self._pinned:
             self._pin()  # after the workers have started, which then know nothing of it

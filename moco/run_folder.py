@@ -1,10 +1,12 @@
 """The checkpoints of a run in its output folder: which there are, which stay, and which one to go on from."""
 
 import re
+import shutil
 from pathlib import Path
 
-from moco.checkpoint import read_checkpoint, save_checkpoint
+from moco.checkpoint import read_checkpoint, save_checkpoint, tensor_bytes
 from moco.errors import UserError
+from moco.memory import in_words
 
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 
@@ -35,6 +37,20 @@ class RunFolder:
             if _position(old)[1] or (old not in epochs[: self.keep] and not chosen):
                 old.unlink(missing_ok=True)
         return path
+
+    def lacks_room(self, checkpoint, epochs):
+        """Why a run's checkpoints, each like this one, find no room on the disk, or None."""
+        size = tensor_bytes(checkpoint)
+        many = min(epochs, self.keep + 1)  # the last one is written before the first of them goes
+        many += epochs // self.save_freq if self.save_freq else 0
+        there = sum(path.stat().st_size for path in self.newest_first())  # most of it will be removed
+        free = shutil.disk_usage(self.path).free + there
+        if free >= many * size:
+            return None
+        return (
+            f"the {many} checkpoints that will stand in --output-dir {self.path} at a time take "
+            f"{in_words(many * size)}, and {in_words(free)} are free; make room or choose another folder"
+        )
 
     def newest_first(self):
         """The paths of the checkpoints that are there."""

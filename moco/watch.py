@@ -7,6 +7,7 @@ computes, and all of them read the same answer at the same step.
 
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 PREEMPTED = 75  # exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE = 30.0  # seconds in which a process without a parent saves
 SAME = 1.0  # seconds in which a signal that comes twice, from the terminal and from a parent, counts once
 
 
@@ -41,6 +43,24 @@ class Signals:
             self.name, self._when = signal.Signals(number).name, now
         elif now - self._when > SAME:
             os._exit(128 + number)
+
+
+def end_without(parent):
+    """Tell this process to stop, by SIGTERM, when the process `parent`, which started it, is gone; end it
+    when it has not stopped in GRACE seconds.
+
+    By itself torch has the system send SIGINT then, to spawned processes alone, and they ignore it where the
+    parent does, as all that a script starts in the background does.
+    """
+
+    def look():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 class Watch:

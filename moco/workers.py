@@ -59,6 +59,18 @@ class Crew:
 
 
 @contextlib.contextmanager
+def ctrl_c_later():
+    """Keep Ctrl-C until the end of the block, and for good from processes that it starts: a worker that is
+    only being started, and does not ignore it yet, would end with a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def worker_errors():
     """Turn what a DataLoader raises for its workers into a UserError of one sentence, where it is one.
 

@@ -7,9 +7,43 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 from moco.errors import run_program
+
+
+def forked(main, outputs=(2,)):
+    """Start run_program(main) in a forked process with a process group of its own: (its number, a file to
+    read what it writes). outputs: which of 1 and 2 the file is for.
+    """
+    read, write = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran here before may have set it
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            if number in outputs:
+                os.dup2(write, number)
+                setattr(sys, name, os.fdopen(number, "w", buffering=1))
+        os.close(read)
+        os.close(write)
+        sys.argv = ["program"]
+        code = 1
+        try:
+            run_program(main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            atexit._run_exitfuncs()
+            os._exit(code)
+    os.close(write)
+    return pid, os.fdopen(read)
 
 
 class Program:
@@ -18,25 +52,7 @@ class Program:
     """
 
     def __init__(self, main):
-        read, write = os.pipe()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran here before may have set it
-            os.dup2(write, 2)
-            sys.stderr = os.fdopen(2, "w")
-            sys.argv = ["program"]
-            code = 1
-            try:
-                run_program(lambda: main(sys.stderr))
-            except SystemExit as end:
-                code = end.code
-            finally:
-                atexit._run_exitfuncs()
-                os._exit(code)
-        os.close(write)
-        self.errors = os.fdopen(read)
+        self.pid, self.errors = forked(lambda: main(sys.stderr))
         self.errors.readline()
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         self.workers = [int(pid) for pid in children]

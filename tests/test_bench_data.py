@@ -17,7 +17,7 @@ import torch
 from command_lines import ROOT
 from PIL import Image
 
-from moco import bench, bench_data, bench_pipelines, bench_report, bench_workers, photographs, samples
+from moco import bench, bench_data, bench_pipelines, bench_report, bench_workers, samples
 from moco.decoders import decode_pillow
 from moco.photometric import Finish
 
@@ -103,21 +103,6 @@ def test_images_are_made_when_no_folder_is_named_and_removed(temporary, cli, mon
     monkeypatch.setattr(bench_data, "_one_core", interrupted)
     assert cli(bench.main, "data", *TINY, "--workers", "0")[0] == 130
     assert not list(temporary.iterdir())
-
-
-def test_made_images_are_jpeg_files_of_the_intended_size(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        folder.mkdir()
-    paths = photographs.make_photographs(first, 2)
-    again = photographs.make_photographs(second, 2)
-    for path, same, size in zip(paths, again, photographs.SIZES, strict=False):
-        assert Path(path).read_bytes() == Path(same).read_bytes()
-        with Image.open(path) as image:
-            assert (image.format, image.size) == ("JPEG", size)
-        assert os.path.getsize(path) / (size[0] * size[1]) == pytest.approx(0.42, rel=0.15)
-    assert photographs.make_photographs(second, 1, seed=1) == again[:1]
-    assert Path(paths[0]).read_bytes() != Path(again[0]).read_bytes()
 
 
 def test_each_pipeline_does_what_its_name_says(pictures, monkeypatch):

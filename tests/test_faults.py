@@ -5,10 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from command_lines import ROOT
+from forked_program import forked
 from test_resume import WORDS, content, pretrained
 from tiny import TinyEncoder
 
@@ -17,23 +19,49 @@ from moco import losses
 from moco.builder import MoCo
 from moco.checkpoint import read_checkpoint
 from moco.errors import UserError
-from moco.watch import Signals
+from moco.watch import SAME, Signals
 
 
+def spoil_a_weight(monkeypatch):
+    """Have a weight of the query encoder be no number from the second step on."""
+    real, steps = main_moco.torch.manual_seed, []  # called at the start of each step, and once before
+
+    def seeded(seed):
+        steps.append(seed)
+        if len(steps) == 3:
+            next(models[0].encoder_q.parameters()).data.view(-1)[0] = torch.nan
+        return real(seed)
+
+    models = []
+
+    def made(*arguments, **options):
+        models.append(MoCo(*arguments, **options))
+        return models[0]
+
+    monkeypatch.setattr(main_moco, "MoCo", made)
+    monkeypatch.setattr(main_moco.torch, "manual_seed", seeded)
+
+
+@pytest.mark.parametrize("fault", ["1e30", "1e6", "weight"])
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoints(
-    folders, tmp_path, cli, monkeypatch
+    folders, tmp_path, cli, monkeypatch, fault
 ):
     words = [*WORDS, "--output-dir", tmp_path, folders]
     assert cli(main_moco.main, *words, "--epochs", "1")[0] == 0
-    before = content(tmp_path, "checkpoint_0000.pth.tar")
-    code, _, errors = cli(main_moco.main, *words, "--resume", "auto", "--lr", "1e30")
+    before = (tmp_path / "checkpoint_0000.pth.tar").read_bytes()
+    if fault == "weight":
+        spoil_a_weight(monkeypatch)
+    lr = {"1e30": r"5e\+29", "1e6": r"500000", "weight": "0.015"}[fault]
+    more = [] if fault == "weight" else ["--lr", fault]
+    code, _, errors = cli(main_moco.main, *words, "--resume", "auto", *more)
     assert code == 2
+    step = "1" if fault == "weight" else r"\d"
     assert re.search(
-        r"the loss of epoch 1 became nan or infinite in step \d or just before, at lr 5e\+29", errors
+        rf"the loss of epoch 1 became nan or infinite in step {step} or just before, at lr {lr};", errors
     )
     assert "lower --lr" in errors and errors.count("\n") == 1
     assert os.listdir(tmp_path) == ["checkpoint_0000.pth.tar"]
-    assert content(tmp_path, "checkpoint_0000.pth.tar") == before
+    assert (tmp_path / "checkpoint_0000.pth.tar").read_bytes() == before
 
 
 def infinite_on_one_rank(rank, world, words, folder, where):
@@ -86,15 +114,18 @@ def test_keys_that_are_no_numbers_do_not_enter_the_queue(value):
 
 
 def test_a_second_signal_ends_at_once():
-    code = (
-        "import os, signal, time\nfrom moco.watch import Signals\n"
-        "with Signals() as signals:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(signals.name, flush=True); time.sleep(1.2)\n"
-        "    os.kill(os.getpid(), signal.SIGINT); print('still here', flush=True)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 128 + signal.SIGINT and run.stdout == "SIGTERM\n"
+    def main():
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # by a terminal and by a parent: counts once
+            print(signals.name)
+            time.sleep(SAME + 0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("still here")
+
+    pid, output = forked(main, (1, 2))
+    assert output.read() == "SIGTERM\n"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
 
 
 def test_signals_are_only_heard_inside():

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from test_processes import Program, all_end
+from started_runs import Program, all_end
 from test_resume import WORDS, pretrained
 
 from moco import meeting

@@ -1,5 +1,6 @@
 """A run that stops, after an epoch or within one, and goes on is to the bit a run that never stopped."""
 
+import hashlib
 import os
 import signal
 import sys
@@ -9,7 +10,6 @@ import torch
 from command_lines import MOCO
 
 import main_moco
-from moco.checkpoint import content_hash
 from moco.distributed import Process
 from moco.run_folder import RunFolder
 from moco.watch import PREEMPTED
@@ -44,10 +44,33 @@ def pretrained(rank, world, words, folder, stop=None):
 
 
 def content(folder, name="checkpoint_0001.pth.tar"):
+    """{entry: SHA-256} of a checkpoint: of the keys, types, shapes and bytes, in order."""
     checkpoint = torch.load(folder / name, weights_only=True)
-    return {
-        key: content_hash(value) for key, value in checkpoint.items() if key not in ("settings", "sha256")
-    }
+    return {key: content_hash(value) for key, value in checkpoint.items() if key != "settings"}
+
+
+def content_hash(value):
+    digest = hashlib.sha256()
+    _add_to(digest, value)
+    return digest.hexdigest()
+
+
+def _add_to(digest, value):
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}".encode())
+        for key, item in value.items():
+            _add_to(digest, key)
+            _add_to(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        for item in value:
+            _add_to(digest, item)
+    else:
+        digest.update(f"{type(value).__name__} {value!r}".encode())
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +89,21 @@ def whole(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world", "workers", "step"), [(1, 0, 1), (1, 4, 4), (1, 1, 3), (2, 0, 3), (2, 1, 1), (2, 4, 4)]
+    ("world", "workers", "step", "number"),
+    [
+        (1, 0, 1, signal.SIGTERM),
+        (1, 4, 4, signal.SIGINT),
+        (1, 1, 3, signal.SIGUSR1),
+        (2, 0, 3, signal.SIGINT),
+        (2, 1, 1, signal.SIGUSR1),
+        (2, 4, 4, signal.SIGTERM),
+    ],
 )
-def test_a_run_stopped_by_a_signal_goes_on_exactly(run_ranks, folders, tmp_path, whole, world, workers, step):
+def test_a_run_stopped_by_a_signal_goes_on_exactly(
+    run_ranks, folders, tmp_path, whole, world, workers, step, number
+):
     words = [*WORDS, "-j", workers * world, "--output-dir", tmp_path]
-    stop = (world - 1, step, signal.SIGTERM)
+    stop = (world - 1, step, number)
     assert run_ranks(world, pretrained, words, folders, stop) == [PREEMPTED] * world
     stopped = sorted(os.listdir(tmp_path))
     assert "checkpoint_0001.pth.tar" not in stopped and len(stopped) == (2 if step == 4 else 1)

@@ -1,0 +1,103 @@
+"""Linear evaluation that is stopped in an epoch, or killed while it saves, goes on exactly."""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from command_lines import SMALL
+from forked_program import forked
+
+import main_lincls
+from moco import files
+
+EPOCHS = 3
+
+
+def words(folders, out):
+    more = ["-a", "shufflenet_v2_x0_5", "--lr", "1", "--schedule", "2", "--epochs", EPOCHS]
+    return [*map(str, [*SMALL, *more, "--output-dir", out, "--resume", "auto", folders])]
+
+
+def at_call(module, name, number, act):
+    """Have act(), with the call's arguments, called before call `number`, from 1, of module.name."""
+    real, calls = getattr(module, name), [0]
+
+    def counted(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == number:
+            act(*arguments)
+        return real(*arguments, **options)
+
+    setattr(module, name, counted)
+
+
+def struck(prepare, folders, out):
+    """Run in a forked process after prepare(): (how it ended, what it said)."""
+
+    def main():
+        prepare()
+        sys.argv = ["program", *words(folders, out)]
+        main_lincls.main()
+
+    pid, output = forked(main, (1, 2))
+    said = output.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+def same(one, other):
+    """Whether the newest checkpoints of two folders hold the same values."""
+    one, other = (torch.load(place / "checkpoint.pth.tar", weights_only=True) for place in (one, other))
+    weights, momentum = ([c["state_dict"], c["optimizer"]["state"][0]] for c in (one, other))
+    equal = all(torch.equal(a[name], b[name]) for a, b in zip(weights, momentum, strict=True) for name in a)
+    plain = ("epoch", "arch", "best_acc1", "seed")
+    return equal and all(one[name] == other[name] for name in plain)
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """The folder of an evaluation that never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    code, said = struck(lambda: None, folders, out)
+    assert code == 0, said
+    return out
+
+
+FAULTS = ("SIGINT", "SIGTERM", "SIGUSR1")
+SECOND_SAVE = 3  # the number of the second epoch's file: the first epoch's are two, as it is the best so far
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "kill -9 in the file", "kill -9 before its name"])
+def test_it_goes_on_exactly_after_the_last_whole_epoch(folders, tmp_path, cli, whole, fault):
+    def tell(number):
+        return lambda *_: os.kill(os.getpid(), number)
+
+    def half(checkpoint, path, save=torch.save):
+        save(checkpoint, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare():
+        if fault in FAULTS:  # in a step of the second epoch: the first has 3 for training, 2 for validation
+            at_call(main_lincls, "accuracy", 7, tell(signal.Signals[fault]))
+        elif fault == "kill -9 in the file":
+            at_call(main_lincls.torch, "save", SECOND_SAVE, half)
+        else:
+            at_call(files.os, "replace", SECOND_SAVE, tell(signal.SIGKILL))
+
+    code, said = struck(prepare, folders, tmp_path)
+    assert "Epoch: [1][0/3]" in said
+    if fault == "SIGINT":
+        assert code == 130 and said.endswith("\ninterrupted\n")
+        assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+    else:
+        assert code == -(signal.Signals[fault] if fault in FAULTS else signal.SIGKILL)
+        assert any(".tmp" in name for name in os.listdir(tmp_path)) == (fault not in FAULTS)
+    assert torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["epoch"] == 1
+    assert not same(tmp_path, whole)  # negative control
+
+    code, output, errors = cli(main_lincls.main, *words(folders, tmp_path))
+    assert (code, errors) == (0, "") and f"--resume auto: {tmp_path / 'checkpoint.pth.tar'}" in output
+    assert "Epoch: [1][0/3]" in output and "Epoch: [0]" not in output
+    assert same(tmp_path, whole)
