@@ -77,7 +77,7 @@ def test_keys_that_are_no_numbers_do_not_enter_the_queue(value):
     before = model.queue.clone()
     spoilt = images.clone()
     spoilt[1, 0, 0, 0, 0] = value
-    loss, _ = model(*spoilt, weights=losses.weights(None, None))
+    loss, *_ = model(*spoilt, weights=losses.weights(None, None))
     assert not loss.isfinite() and torch.equal(model.queue, before)
     fresh = MoCo(TinyEncoder, 4, 8)
     before = fresh.queue.clone()
