@@ -23,7 +23,7 @@ def pos_similarity(q, k):
 
 
 def neg_similarity(q, mean_key):
-    """Mean cosine of the N rows of q and all keys of a queue, by their mean (C,): cosines are linear in it."""
+    """Mean cosine of the N rows of q and a queue's keys, by the mean of these (C,): cosines are linear."""
     return q.mean(dim=0) @ mean_key
 
 
@@ -33,5 +33,5 @@ def alignment(q, k):
 
 
 def uniformity(q):
-    """log of the mean of exp(-2 |q_i - q_j|^2) over pairs i < j (Wang & Isola 2020, with t 2); nan for N < 2."""
+    """log of the mean of exp(-2 |q_i - q_j|^2) over pairs i < j (Wang & Isola 2020, t 2); nan for one row."""
     return torch.pdist(q).square().mul(-2).exp().mean().log()

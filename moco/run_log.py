@@ -6,6 +6,7 @@ one's peak. A run that goes on appends; a step or an epoch that is done again st
 later line counts.
 """
 
+import contextlib
 import json
 import math
 import socket
@@ -21,9 +22,9 @@ from moco.errors import UserError
 NAME = "log.jsonl"
 PROJECT = Path(__file__).resolve().parent.parent
 NUMBERS = (
-    "loss acc1 acc5 lr seconds data_seconds images_per_s memory_mb queue_fill pos_similarity neg_similarity "
-    "alignment uniformity"
-).split()
+    *("loss", "acc1", "acc5", "lr", "seconds", "data_seconds", "images_per_s", "memory_mb", "queue_fill"),
+    *("pos_similarity", "neg_similarity", "alignment", "uniformity"),
+)
 KEYS = {"start": [], "step": ["epoch", "step", *NUMBERS], "epoch": ["epoch", *NUMBERS]}
 
 
@@ -34,7 +35,7 @@ class RunLog:
         self.sinks = sinks
 
     def write(self, kind, **entry):
-        """Write an entry of a kind of KEYS; 0-dim. tensors become numbers, what is missing or not finite null.
+        """Write an entry of a kind of KEYS; 0-dim. tensors become numbers, what is missing or infinite null.
 
         Raises UserError when the disk is full.
         """
@@ -51,11 +52,16 @@ class RunLog:
             sink.close()
 
 
-def run_log(folder, process, tensorboard):
-    """The RunLog of a run in `folder`: in its first process log.jsonl and, if wanted, TensorBoard's files."""
+def start_log(folder, process, tensorboard, program, **start):
+    """The RunLog of a run in `folder`: in its first process log.jsonl and, if wanted, TensorBoard's files.
+
+    program: its name; start: what its first line says besides `surroundings`.
+    """
     if not process.is_first:
         return RunLog()
-    return RunLog(JsonLines(Path(folder) / NAME), *([TensorBoard(folder)] if tensorboard else []))
+    log = RunLog(JsonLines(Path(folder) / NAME), *([TensorBoard(folder)] if tensorboard else []))
+    log.write("start", **surroundings(program, process.device), **start, processes=process.world_size)
+    return log
 
 
 class JsonLines:
@@ -77,10 +83,8 @@ class JsonLines:
             raise self._full(error) from error
 
     def close(self):
-        try:
+        with contextlib.suppress(OSError):  # what could not be written was told when it was tried
             self._file.close()
-        except OSError:
-            pass  # what could not be written was told when it was tried
 
     def _drop_half_a_line(self):
         """A run that is killed, or whose disk is full, can leave half a line at the end."""
@@ -167,7 +171,7 @@ def surroundings(program, device):
 
 
 def git_state(folder):
-    """{"commit": 40 hexadecimal digits, "changed": whether a tracked file differs from it} of a clone, or None.
+    """{"commit": 40 hexadecimal digits, "changed": whether a tracked file differs} of a clone, or None.
 
     None when `folder` is not the top of a git repository, or git is missing or takes too long.
     """
