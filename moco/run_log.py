@@ -88,7 +88,7 @@ class JsonLines:
 
     def _drop_half_a_line(self):
         """A run that is killed, or whose disk is full, can leave half a line at the end."""
-        if not self.path.exists():
+        if not self.path.is_file():
             return
         with open(self.path, "rb+") as file:
             written = file.read()
