@@ -18,6 +18,7 @@ from moco.checkpoint import (
     load_strictly,
     read_checkpoint,
     save_checkpoint,
+    trained_state,
 )
 from moco.data import labelled_folders, paths_of
 from moco.distributed import check_agreement, from_first, sum_over_processes, wrap
@@ -154,10 +155,8 @@ def evaluate_features(process, args, folder):
             state = {
                 "epoch": epoch + 1,
                 "arch": args.arch,
-                "state_dict": model.state_dict(),
+                **trained_state(model, optimizer, execution.scaler),
                 "best_acc1": best_acc1,
-                "optimizer": optimizer.state_dict(),
-                **({"scaler": execution.scaler.state_dict()} if execution.scaler.is_enabled() else {}),
                 "seed": seed,
             }
             for name in ["checkpoint.pth.tar"] + ["model_best.pth.tar"] * is_best:

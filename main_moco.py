@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,20 +20,23 @@ from torch import nn
 from moco import losses
 from moco.bad_images import BadImages
 from moco.builder import MoCo
-from moco.checkpoint import continue_from
+from moco.checkpoint import continue_from, trained_state
 from moco.data import image_folder, paths_of
 from moco.distributed import Process, check_agreement, from_first, wrap
 from moco.draws import moco_v1, moco_v2
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.execution import Execution, execution_of, start_momentum
+from moco.feature_statistics import similarities
 from moco.finish import finisher
+from moco.knn_evaluation import KnnEvaluation
 from moco.launch import launch
-from moco.meters import StepLog, rank_accuracy
+from moco.memory import peak_megabytes
+from moco.meters import StepLog, epoch_line, rank_accuracy
 from moco.pretrain_options import check, notes, parse_args
-from moco.progress import duration
 from moco.resume import same_course, start_from
 from moco.run_folder import RunFolder
+from moco.run_log import RunLog, start_log
 from moco.run_settings import check_output, data_folder, fast_line, loading_line, loading_of, settings
 from moco.schedules import learning_rate, set_learning_rate
 from moco.seeds import STEP, fold, run_seed, shuffle_order
@@ -70,6 +74,8 @@ class Run:
     data: dict | None = None  # images and global batch
     chance: float = math.nan  # loss of a model that tells nothing apart
     output: RunFolder | None = None
+    record: RunLog = RunLog()
+    knn: Callable | None = None  # evaluates the query encoder after an epoch
     bad_image_lines: Callable | None = None  # of an epoch
 
 
@@ -97,6 +103,8 @@ def pretrain(process, args, folder):
     finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
     data = {"images": len(images), "global_batch": batches.global_batch}
+    knn = KnnEvaluation(args.knn, args.epochs, args.arch, process, execution)
+    knn.load(folder, images, loading, may_skip=args.on_bad_image == "skip")
 
     # Model: equal on all processes, as torch's generator starts from the run's seed on each.
     torch.manual_seed(seed)
@@ -116,27 +124,29 @@ def pretrain(process, args, folder):
         epoch = continue_from(checkpoint, source, model.module, optimizer, args.epochs, execution.scaler)
         step = checkpoint.get("step", 0)
 
-    say(
-        f"{len(images)} images of {folder}, {len(batches)} steps of {batches.global_batch} an epoch; "
-        f"seed {seed}"
-    )
-    say(f"processes: {process.world_size}, on {process.device.type}")
-    say(loading_line(loader, loading))
-    say(how)
-    say(execution)
-    if args.fast:
-        say(fast_line(args, chosen))
-    chance = losses.chance(args.moco_k, args.method, args.epsilon or 0.0, args.alpha or 0.0, args.moco_t)
-    for line in notes(args, chance, len(images), process.world_size * args.bn_splits):
+    chance = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)
+    for line in (
+        f"{len(images)} images of {folder}, {len(loader)} steps of {batches.global_batch} an epoch",
+        f"seed {seed}; processes: {process.world_size}, on {process.device.type}",
+        *(loading_line(loader, loading), how, execution),
+        *([fast_line(args, chosen)] if args.fast else []),
+        *notes(args, chance, len(images), process.world_size * args.bn_splits),
+    ):
         say(line)
 
-    with Signals() as signals:
+    fault = process.is_first and output.lacks_room(
+        trained_state(model, optimizer, execution.scaler), args.epochs
+    )
+    if fault := from_first(fault):
+        raise UserError(fault)
+    record = start_log(
+        args.output_dir, process, args.tensorboard, Path(__file__).name, settings=chosen, **data,
+        steps=len(loader), chance=chance, epoch=epoch, step=step,
+    )  # fmt: skip
+    with Signals() as signals, record:
         watch = Watch(signals, process)
         run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch)
-        run.data, run.chance, run.output = data, chance, output
-        fault = process.is_first and output.lacks_room(state_of(run, epoch, step), args.epochs)
-        if fault := from_first(fault):
-            raise UserError(fault)
+        run.data, run.chance, run.output, run.record, run.knn = data, chance, output, record, knn
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
         train(run, epoch, step, checkpoint.get("log"))
 
@@ -152,7 +162,9 @@ def train(run, epoch, step, log_state=None):
         lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
         set_learning_rate(run.optimizer, lr)
         batches.epoch, batches.first = epoch, step
-        log = StepLog(f"Epoch: [{epoch}]", run.loader, args.print_freq if process.is_first else 0, step)
+        write = partial(run.record.write, epoch=epoch, lr=lr)
+        print_freq = args.print_freq if process.is_first else 0
+        log = StepLog(f"Epoch: [{epoch}]", run.loader, print_freq, step, process.world_size, write)
         if step:
             log.load_state_dict(log_state, process.device)
         step, told = train_epoch(run, epoch, log)
@@ -161,16 +173,19 @@ def train(run, epoch, step, log_state=None):
 
         whole = step == len(batches)
         if whole:
-            seconds = (time.monotonic() - start) / (epoch + 1 - first_epoch)
-            fill = min(1, (epoch + 1) * len(batches) * batches.global_batch / args.moco_k)
-            process.say(
-                f"epoch {epoch}: loss {log.loss.mean:.4f} (chance {run.chance:.4f}), lr {lr:.3g}, "
-                f"queue {fill:.0%} full, {duration(seconds)} an epoch, "
-                f"{duration(seconds * (args.epochs - epoch - 1))} left"
-            )
+            means = log.means() | {"lr": lr} | standing(run, epoch, step)
+            done, left = epoch + 1 - first_epoch, args.epochs - epoch - 1
+            process.say(epoch_line(epoch, means, run.chance, done, left, time.monotonic() - start))
         if process.is_first:
-            state = state_of(run, epoch + whole, 0 if whole else step)
-            path = run.output.save(state | {"log": log.state_dict(), "data": run.data})
+            state = trained_state(run.model, run.optimizer, run.execution.scaler) | {
+                "epoch": epoch + whole, "step": 0 if whole else step, "arch": args.arch,
+                "seed": run.seed, "settings": run.settings, "log": log.state_dict(), "data": run.data,
+            }  # fmt: skip
+            path = run.output.save(state)
+        if whole:
+            percent = run.knn(epoch, run.model.module.encoder_q)
+            write("epoch", **means | ({"knn": percent} if percent else {}))
+            told = told or run.watch.last()[0]  # during the evaluation
         if told and not (whole and epoch + 1 == args.epochs):
             from_first(None)  # all wait for the file: who leaves first may take the others along
             name = run.watch.signals.name or "a signal to another process"
@@ -196,14 +211,17 @@ def train_epoch(run, epoch, log):
 
         torch.manual_seed(fold(run.seed, STEP, epoch, step, run.process.rank))  # for dropout
         order = shuffle_order(run.seed, epoch, step, len(im_q) * run.process.world_size)
+        mean_key = model.module.queue.mean(dim=1) if log.due else None  # before the queue changes
         with run.execution.autocast():
-            loss, ranks = model(im_q, im_k, weights=weights, order=order)
+            loss, ranks, q, k = model(im_q, im_k, weights=weights, order=order)
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         log.update(loss, rank_accuracy(ranks), len(ranks))
+        if log.due:
+            log.note(**similarities(q, k, mean_key), **standing(run, epoch, step + 1))
         told, bad = run.watch.step(loss)
         if told or bad:
             break
@@ -217,18 +235,10 @@ def train_epoch(run, epoch, log):
     return step + 1, told
 
 
-def state_of(run, epoch, step):
-    """A checkpoint: upstream's entries, and what an exact continuation needs besides."""
-    return {
-        "epoch": epoch,
-        "arch": run.args.arch,
-        "state_dict": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        **({"scaler": run.execution.scaler.state_dict()} if run.execution.scaler.is_enabled() else {}),
-        "seed": run.seed,
-        "step": step,
-        "settings": run.settings,
-    }
+def standing(run, epoch, steps):
+    """How full the queue is after the steps of an epoch, from 0 to 1, and the memory of this process."""
+    keys = (epoch * len(run.loader) + steps) * run.data["global_batch"]
+    return {"queue_fill": min(1.0, keys / run.args.moco_k), "memory_mb": peak_megabytes(run.process.device)}
 
 
 if __name__ == "__main__":

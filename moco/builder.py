@@ -56,7 +56,8 @@ class MoCo(nn.Module):
         Returns logits (N x (1+K), the positive first, divided by T), then, when an epsilon is given here
         or at construction, logits_ifm of the same shape, then labels (N, int64, all 0).
         With `weights`, of the plain and of the perturbed loss (moco.losses.weights), it returns
-        moco.contrast's loss and ranks instead, the same numbers for less time and memory.
+        moco.contrast's loss and ranks instead, the same numbers for less time and memory, and then the
+        features q and k (N x C each, unit rows, without gradient), to be looked at.
         order: a permutation of all processes' images (N*world,), int64 on the CPU and equal on all, in which
         the key encoder gets them; drawn on rank 0 when left out.
         """
@@ -74,7 +75,8 @@ class MoCo(nn.Module):
             if weights is None:
                 outputs = self._logits(q, k, epsilon)
             else:
-                outputs = contrast(q, k, self.queue, self.T, weights, 2 * (epsilon or 0.0) / self.T)
+                loss, ranks = contrast(q, k, self.queue, self.T, weights, 2 * (epsilon or 0.0) / self.T)
+                outputs = loss, ranks, q.detach(), k
         self._dequeue_and_enqueue(keys)
         return outputs
 

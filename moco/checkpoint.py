@@ -35,6 +35,15 @@ def save_checkpoint(checkpoint, path):
         ) from error
 
 
+def trained_state(model, optimizer, scaler):
+    """The entries of a checkpoint of either program that hold tensors, or go with them."""
+    return {
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        **({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}),
+    }
+
+
 def read_checkpoint(path):
     """Read a checkpoint of this program, of MoCo or of IFM as a dict with at least `state_dict`, tensors
     on the CPU.

@@ -50,14 +50,19 @@ def labelled_folders(folder, factor=None):
                 trifeature.factor_of(name, factor) for name in images.classes
             ].__getitem__
         return train, val, len(trifeature.FACTORS[factor])
+    check_same_classes(folder, train, val, "for Trifeature choose a --target")
+    return train, val, len(train.classes)
+
+
+def check_same_classes(folder, train, val, instead):
+    """Raise UserError that ends in what to do `instead` when two ImageFolders have not the same classes."""
     for here, there, classes in (("train", "val", train.classes), ("val", "train", val.classes)):
         only = sorted(set(classes) - set(train.classes if there == "train" else val.classes))
         if only:
             raise UserError(
                 f"class {only[0]} stands in {folder}/{here} but not in {there}/ ({len(only)} such), so "
-                "class numbers would not agree; for Trifeature choose a --target"
+                f"class numbers would not agree; {instead}"
             )
-    return train, val, len(train.classes)
 
 
 class EpochBatches:
@@ -137,12 +142,15 @@ class Loading:
         )
         return self._loader(sample, batches, views, process)
 
-    def validation(self, images, process):
-        """A RingLoader over this process's share of the images; over all processes every image comes once."""
+    def validation(self, images, process, optional=0):
+        """A RingLoader over this process's share of the images; over all processes every image comes once.
+
+        optional: how many of the first may be impossible to read; their target is -1 then.
+        """
         size = max(1, self.batch_size // process.local_world_size)
-        share = range(process.rank, len(images), process.world_size)
+        share = range(process.rank, len(images.samples), process.world_size)
         batches = [share[start : start + size] for start in range(0, len(share), size)]
-        sample = ValidationSample(self._photographs(images, process), self.size, self.resize)
+        sample = ValidationSample(self._photographs(images, process), self.size, self.resize, optional)
         return self._loader(sample, batches, 1, process)
 
     def _photographs(self, images, process):

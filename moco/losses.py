@@ -31,7 +31,9 @@ def chance(K, method=None, epsilon=0.0, alpha=0.0, T=1.0):
 
     Plain InfoNCE: ln(1+K). The perturbation moves the two sides 2 epsilon apart, so its loss is
     ln(1 + K exp(2 epsilon / T)); `method` "ifm" takes their mean weighted 1 : alpha, "ifm_only" the latter.
+    epsilon and alpha may be None where the method has none.
     """
+    epsilon, alpha = epsilon or 0.0, alpha or 0.0
     plain, margin = math.log1p(K), math.log(K) + 2 * epsilon / T
     perturbed = max(margin, 0.0) + math.log1p(math.exp(-abs(margin)))  # ln(1 + exp(margin)) for any margin
     return {None: plain, "ifm": (plain + alpha * perturbed) / (1 + alpha), "ifm_only": perturbed}[method]

@@ -9,6 +9,8 @@ alone do not reach workers that are started by spawn or forkserver, or another r
 
 import mmap
 import os
+import resource
+import sys
 from multiprocessing.reduction import DupFd
 
 import numpy as np
@@ -75,6 +77,16 @@ def free_memory(cgroup=CGROUP, own=None):
     for group, version in groups("memory", cgroup, own):
         free = min(free, _left_in(group, *names[version], otherwise=free))
     return max(free, 0)
+
+
+def peak_megabytes(device):
+    """The most memory that this process has had, in 10^6 bytes: of its GPU by torch, else of the machine."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _left_in(group, limit, used, reclaimable, otherwise):

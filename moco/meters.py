@@ -41,12 +41,18 @@ class StepLog:
     upstream shows them.
 
     `for batch in log.steps(): ...; log.update(loss, accuracy(logits, labels), N)` prints `Epoch:
-    [0][ 10/247]`, the meters and the time left, separated by tabs, every `print_freq` steps (0: never).
+    [0][ 10/247]`, the meters, the rate and the time left, separated by tabs, every `print_freq` steps (0:
+    never). `due` says while a step is under way whether it will be.
     """
 
-    def __init__(self, head, loader, print_freq, first=0):
-        """first: the step that the loader's next batch belongs to, after those of an earlier start."""
+    def __init__(self, head, loader, print_freq, first=0, processes=1, write=lambda kind, **numbers: None):
+        """first: the step that the loader's next batch belongs to, after those of an earlier start;
+        processes: how many take as large a batch in each step; write: called with "step" and the numbers
+        of a step that is printed.
+        """
         self.head, self.loader, self.print_freq, self.first = head, loader, print_freq, first
+        self.processes, self.write = processes, write
+        self.due, self._noted, self._meters = False, {}, {}
         self.seconds, self.waiting = Meter("Time", "6.3f"), Meter("Data", "6.3f")
         self.loss = Meter("Loss", ".4e")
         self.top1, self.top5 = Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
@@ -54,18 +60,41 @@ class StepLog:
     def steps(self):
         """The loader's batches; the time until each is there is metered."""
         self.step_began = time.perf_counter()
+        self._start = self._shown = self._so_far()
         for step, batch in enumerate(self.loader, self.first):
             self.waiting.update(time.perf_counter() - self.step_began)
+            self.due = self.print_freq > 0 and step % self.print_freq == 0
             yield batch
             self.seconds.update(time.perf_counter() - self.step_began)
             self.step_began = time.perf_counter()
-            if self.print_freq and step % self.print_freq == 0:
-                print(self._line(step), flush=True)
+            if self.due:
+                self._show(step)
 
     def update(self, loss, accuracies, n):
         """Meter the mean loss and top-1 and top-5 accuracies (0-dim. tensors) of n items."""
         for meter, value in zip((self.loss, self.top1, self.top5), (loss, *accuracies), strict=True):
             meter.update(value, n)
+
+    def note(self, **values):
+        """Numbers or 0-dim. tensors of a step that is `due`, to be written alone."""
+        self._noted = values
+        for name, value in values.items():
+            self._meters.setdefault(name, Meter(name, "g")).update(value)
+
+    def means(self):
+        """The pass as numbers to be written: its seconds, and means of the rest, for what was noted over the
+        steps that were due. Time and rate are those of this start.
+        """
+        seconds, steps = self.seconds.total, max(self.seconds.count, 1)
+        return {
+            "loss": self.loss.mean,
+            "acc1": self.top1.mean,
+            "acc5": self.top5.mean,
+            **{name: meter.mean for name, meter in self._meters.items()},
+            "seconds": seconds,
+            "data_seconds": self.waiting.total / steps,
+            "images_per_s": self._since(self._start)["images_per_s"],
+        }
 
     def state_dict(self):
         """The sums of loss and accuracies, for a start that goes on in the middle of the pass."""
@@ -76,11 +105,43 @@ class StepLog:
             total, meter.count = state[meter.name]
             meter.total = total.to(device)
 
-    def _line(self, step):
+    def _show(self, step):
+        times = self._since(self._shown)
+        self._shown = self._so_far()
         width = len(str(len(self.loader)))
         left = duration(self.seconds.mean * (len(self.loader) - step - 1))
         meters = map(str, (self.seconds, self.waiting, self.loss, self.top1, self.top5))
-        return "\t".join([f"{self.head}[{step:{width}d}/{len(self.loader)}]", *meters, f"{left} left"])
+        place, rate = (
+            f"{self.head}[{step:{width}d}/{len(self.loader)}]",
+            f"{times['images_per_s']:.0f} images/s",
+        )
+        print("\t".join([place, *meters, rate, f"{left} left"]), flush=True)
+        newest = {"loss": self.loss.newest, "acc1": self.top1.newest, "acc5": self.top5.newest}
+        self.write("step", step=step, **newest, **times, **self._noted)
+
+    def _so_far(self):
+        return self.seconds.count, self.seconds.total, self.waiting.total, self.loss.count
+
+    def _since(self, before):
+        """Means per step, and images per second in all processes, since _so_far() was `before`."""
+        steps, seconds, waiting, images = (a - b for a, b in zip(self._so_far(), before, strict=True))
+        return {
+            "seconds": seconds / max(steps, 1),
+            "data_seconds": waiting / max(steps, 1),
+            "images_per_s": images * self.processes / max(seconds, 1e-9),
+        }
+
+
+def epoch_line(epoch, means, chance, epochs_done, epochs_left, seconds):
+    """What the console says after an epoch. means: of StepLog, with lr and queue_fill; seconds: that the
+    epochs done by this start have taken.
+    """
+    each = seconds / epochs_done
+    return (
+        f"epoch {epoch}: loss {means['loss']:.4f} (chance {chance:.4f}), lr {means['lr']:.3g}, "
+        f"queue {means['queue_fill']:.0%} full, {means['images_per_s']:.0f} images/s, "
+        f"{duration(each)} an epoch, {duration(each * epochs_left)} left"
+    )
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import math
 from moco import losses
 from moco.errors import UserError
 from moco.options import check_shared, shared_parser
+from moco.run_log import summary_writer
 
 
 def parse_args():
@@ -55,6 +56,17 @@ def parse_args():
         metavar="N",
         help="keep every N-th epoch's besides (default: none)",
     )
+    seeing = parser.add_argument_group("seeing the run (log.jsonl in --output-dir is always written)")
+    seeing.add_argument(
+        "--knn", type=int, default=0, metavar="N",
+        help="after every N-th epoch and the last, classify val/ by the nearest neighbours in train/ "
+        "(default: never)",
+    )  # fmt: skip
+    seeing.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the log for TensorBoard too (pip install tensorboard)",
+    )
     return parser.parse_args()
 
 
@@ -81,8 +93,13 @@ def check(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
 
-    if args.save_freq < 0:
-        raise UserError(f"--save-freq must be 0 (none) or more, not {args.save_freq}")
+    for name, what in (("save_freq", "none"), ("knn", "never")):
+        if getattr(args, name) < 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be 0 ({what}) or more, not {getattr(args, name)}"
+            )
+    if args.tensorboard:
+        summary_writer()
 
 
 def notes(args, chance, images, batchnorm_groups):

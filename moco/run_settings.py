@@ -59,12 +59,11 @@ def fast_line(args, chosen):
 def settings(args, device_aug, loading, execution, seed):
     """What decides what is computed, as plain values: flags as given, and what was chosen for the others."""
     elsewhere = (
-        "folder dataset_root dataset workers decoder cache output_dir pretrained resume keep save_freq "
+        *("folder", "dataset_root", "dataset", "workers", "decoder", "cache", "output_dir", "pretrained"),
+        *("resume", "keep", "save_freq", "print_freq", "knn", "tensorboard", "start_epoch", "rank", "gpu"),
+        *("multiprocessing_distributed", "world_size", "dist_url", "dist_backend", "fast"),
     )
-    elsewhere += (
-        "print_freq start_epoch multiprocessing_distributed world_size rank dist_url dist_backend gpu "
-    )
-    given = {name: value for name, value in vars(args).items() if name not in (elsewhere + "fast").split()}
+    given = {name: value for name, value in vars(args).items() if name not in elsewhere}
     chosen = {name: getattr(execution, name) for name in ("amp", "channels_last", "compile")}
     resize = "device" if loading.cache == "device" else loading.resize
     return given | chosen | {"device_aug": device_aug, "resize": resize, "seed": seed}

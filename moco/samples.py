@@ -65,18 +65,26 @@ class TrainingSample:
 
 @dataclass
 class ValidationSample:
-    """Writes the central view of key `index` into a batch of moco.slots."""
+    """Writes the central view of key `index` into a batch of moco.slots.
+
+    optional: below this index an image that cannot be read is no error; its target is -1.
+    """
 
     photographs: Photographs
     size: int
     resize: str
+    optional: int = 0
 
     def __call__(self, batch, position, key):
         view = torch.from_numpy(batch.pixels[0, position])
+        batch.records[:, position] = np.zeros((), VIEW)
+        batch.targets[position] = self.photographs.targets[key]
         try:
             image = self.photographs.pixels(key)
         except UserError as error:
+            if key < self.optional:
+                view.zero_()
+                batch.targets[position] = -1
+                return
             raise UserError(f"{error.sentence} (validation counts every image, so it skips none)") from error
         center_resize(image, self.size, self.resize, out=view)
-        batch.records[:, position] = np.zeros((), VIEW)
-        batch.targets[position] = self.photographs.targets[key]

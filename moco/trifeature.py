@@ -50,6 +50,11 @@ def factor_of(folder_name, factor):
     return FACTORS[factor].index(values[position])
 
 
+def is_combination(folder_name):
+    """Whether the name of a folder is shape_texture_color."""
+    return tuple(folder_name.split("_")) in COMBINATIONS
+
+
 def held_out(seed):
     """The 200 combinations for validation, as a set of (shape, texture, color); the seed chooses which.
 

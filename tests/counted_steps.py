@@ -81,7 +81,7 @@ def train_step(wrapped, step, order, amp=False, n=N, size=SIZE):
     generator = torch.Generator().manual_seed(100 * dist.get_rank() + step)
     im_q, im_k = torch.randn(2, n, 3, size, size, generator=generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        loss, _ = wrapped(im_q, im_k, weights=losses.weights("ifm", 1.0), order=order)
+        loss, *_ = wrapped(im_q, im_k, weights=losses.weights("ifm", 1.0), order=order)
     wrapped.zero_grad()
     loss.backward()
     with torch.no_grad():

@@ -8,17 +8,25 @@ import pytest
 from forked_program import forked
 
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000  # CLONE_NEWNS, CLONE_NEWUSER of sched.h
-READ_ONLY, REMOUNT, PRIVATE = 1, 32, 1 << 18 | 1 << 14  # MS_* of sys/mount.h; private with all below it
+READ_ONLY, REMOUNT, BIND, PRIVATE = (
+    1,
+    32,
+    4096,
+    1 << 18 | 1 << 14,
+)  # MS_* of sys/mount.h; private with all below
 NOT_PERMITTED = 77  # exit code
 
 
-def mount(path, size=None, flags=0):
-    """Mount a disk of `size` bytes in memory at the folder `path`; size None: other flags for the one there.
+def mount(path, size):
+    """Mount a disk of `size` bytes in memory at the folder `path`. Raises OSError."""
+    _call("mount", b"none", os.fsencode(path), b"tmpfs", 0, f"size={size}".encode())
 
-    Raises OSError.
-    """
-    options = b"" if size is None else f"size={size}".encode()
-    _call("mount", b"none", os.fsencode(path), b"tmpfs", flags | (REMOUNT if size is None else 0), options)
+
+def make_read_only(path):
+    """Mount the folder `path` over itself, for reading. A file that is open there stays writable."""
+    path = os.fsencode(path)
+    _call("mount", path, path, None, BIND, None)
+    _call("mount", path, path, None, BIND | REMOUNT | READ_ONLY, None)
 
 
 def alone(body):

@@ -111,7 +111,7 @@ def test_a_model_gives_either_form_and_trains_the_same(method):
         for step in range(6):
             images = torch.randn(2, 8, 3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(step))
             if weights:
-                loss, _ = model(*images, weights=weights)
+                loss, *_ = model(*images, weights=weights)
             else:
                 logits, *moved, labels = model(*images)
                 loss = {

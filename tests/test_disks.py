@@ -10,9 +10,9 @@ import tempfile
 
 import pytest
 from forked_program import forked
-from private_mounts import READ_ONLY, alone, mount
+from private_mounts import alone, make_read_only, mount
 from started_runs import at_step
-from test_resume import WORDS, content
+from test_resume import WORDS, checkpoints, content
 
 import main_moco
 from moco.errors import run_program
@@ -51,9 +51,9 @@ def test_a_disk_without_room_is_found_before_the_first_step(folders, tmp_path, w
         words = ["--output-dir", tmp_path, folders]
         code, output, errors = run(*words, "--keep", "1")
         assert code == 2 and "the 2 checkpoints that will stand in --output-dir" in errors
-        assert "Epoch" not in output and os.listdir(tmp_path) == []
+        assert "Epoch" not in output and checkpoints(tmp_path) == []
         code, output, _ = run(*words, "--epochs", "1")  # negative control: one does fit
-        assert code == 0 and os.listdir(tmp_path) == ["checkpoint_0000.pth.tar"]
+        assert code == 0 and checkpoints(tmp_path) == ["checkpoint_0000.pth.tar"]
 
     alone(body)
 
@@ -71,13 +71,13 @@ def fill(folder):
 def test_a_disk_that_fails_during_the_run_keeps_the_older_checkpoint(folders, tmp_path, whole, fault):
     def body():
         mount(tmp_path, 4 * whole[1])
-        act = (lambda: fill(tmp_path)) if fault == "full" else (lambda: mount(tmp_path, flags=READ_ONLY))
-        at_step(4, act)
-        code, output, errors = run("--output-dir", tmp_path, folders)
+        act = (lambda: fill(tmp_path)) if fault == "full" else (lambda: make_read_only(tmp_path))
+        at_step(5, act)  # where the log has no line to write before the checkpoint
+        code, output, errors = run("--output-dir", tmp_path, "-p", "1000", folders)
         reason = {"full": "No space left on device", "read-only": "Read-only file system"}[fault]
         sentence = f"cannot write the checkpoint {tmp_path}/checkpoint_0001.pth.tar ("
-        assert code == 2 and sentence in errors and reason in errors and "Epoch: [1][2/3]" in output
-        assert set(os.listdir(tmp_path)) - {"of somebody else"} == {"checkpoint_0000.pth.tar"}
+        assert code == 2 and sentence in errors and reason in errors and "Epoch: [1][0/3]" in output
+        assert set(checkpoints(tmp_path)) - {"of somebody else"} == {"checkpoint_0000.pth.tar"}
         assert content(tmp_path, "checkpoint_0000.pth.tar") == content(whole[0], "checkpoint_0000.pth.tar")
 
     alone(body)
@@ -85,7 +85,7 @@ def test_a_disk_that_fails_during_the_run_keeps_the_older_checkpoint(folders, tm
 
 def test_a_read_only_disk_is_found_before_the_first_step(folders, tmp_path):
     def body():
-        mount(tmp_path, 1 << 20, READ_ONLY)
+        make_read_only(tmp_path)
         code, output, errors = run("--output-dir", tmp_path, folders)
         assert code == 2 and f"cannot write to --output-dir {tmp_path} (Read-only file system)" in errors
         assert "Epoch" not in output

@@ -50,7 +50,7 @@ def curve(splits=4, order_seed=0, init_scale=None, **flags):
         chosen = prototypes[torch.randint(64, (32,), generator=generator)]
         views = (chosen + 0.5 * torch.randn(chosen.shape, generator=generator) for _ in range(2))
         with execution.autocast():
-            loss, _ = model(
+            loss, *_ = model(
                 *views, weights=losses.weights("ifm", 1.0), order=shuffle_order(order_seed, 0, step, 32)
             )
         sgd.zero_grad()
@@ -224,7 +224,7 @@ def distributed_losses(rank, world, flags):
         generator = torch.Generator().manual_seed(10 * step + rank)
         views = [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)]
         order = shuffle_order(0, 0, step, 8 * world)
-        loss, _ = wrapped(*views, weights=losses.weights("ifm", 1.0), order=order)
+        loss, *_ = wrapped(*views, weights=losses.weights("ifm", 1.0), order=order)
         sgd.zero_grad()
         loss.backward()
         sgd.step()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_lines import ROOT
 from forked_program import forked
-from test_resume import WORDS, content, pretrained
+from test_resume import WORDS, checkpoints, content, pretrained
 from tiny import TinyEncoder
 
 import main_moco
@@ -60,7 +60,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoints(
         rf"the loss of epoch 1 became nan or infinite in step {step} or just before, at lr {lr};", errors
     )
     assert "lower --lr" in errors and errors.count("\n") == 1
-    assert os.listdir(tmp_path) == ["checkpoint_0000.pth.tar"]
+    assert checkpoints(tmp_path) == ["checkpoint_0000.pth.tar"]
     assert (tmp_path / "checkpoint_0000.pth.tar").read_bytes() == before
 
 
@@ -95,7 +95,7 @@ def test_an_infinite_pixel_on_one_rank_stops_all_with_one_message(run_ranks, fol
     first, second = run_ranks(2, infinite_on_one_rank, words, folders, where)
     assert first == second
     assert first[0] == 3 and "the loss of epoch 0 became nan or infinite" in first[1]
-    assert os.listdir(tmp_path) == []
+    assert checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
@@ -105,7 +105,7 @@ def test_keys_that_are_no_numbers_do_not_enter_the_queue(value):
     before = model.queue.clone()
     spoilt = images.clone()
     spoilt[1, 0, 0, 0, 0] = value
-    loss, _ = model(*spoilt, weights=losses.weights(None, None))
+    loss, *_ = model(*spoilt, weights=losses.weights(None, None))
     assert not loss.isfinite() and torch.equal(model.queue, before)
     fresh = MoCo(TinyEncoder, 4, 8)
     before = fresh.queue.clone()
@@ -196,5 +196,5 @@ def test_a_full_disk_keeps_the_older_checkpoint(folders, tmp_path, cli):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     assert code == 2 and "cannot write the checkpoint" in errors and errors.count("\n") == 1
-    assert os.listdir(tmp_path) == ["checkpoint_0000.pth.tar"]
+    assert checkpoints(tmp_path) == ["checkpoint_0000.pth.tar"]
     assert content(tmp_path, "checkpoint_0000.pth.tar") == before

@@ -73,6 +73,11 @@ def _add_to(digest, value):
         digest.update(f"{type(value).__name__} {value!r}".encode())
 
 
+def checkpoints(folder):
+    """The names of the files of a run, without its log."""
+    return sorted(set(os.listdir(folder)) - {"log.jsonl"})
+
+
 @pytest.fixture(scope="module")
 def whole(folders, tmp_path_factory):
     """`whole(world)`: the folder of a run of that many processes that never stopped, with one worker each."""
@@ -105,7 +110,7 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(
     words = [*WORDS, "-j", workers * world, "--output-dir", tmp_path]
     stop = (world - 1, step, number)
     assert run_ranks(world, pretrained, words, folders, stop) == [PREEMPTED] * world
-    stopped = sorted(os.listdir(tmp_path))
+    stopped = checkpoints(tmp_path)
     assert "checkpoint_0001.pth.tar" not in stopped and len(stopped) == (2 if step == 4 else 1)
     assert run_ranks(world, pretrained, [*words, "--resume", "auto"], folders) == [0] * world
     expected = content(whole(run_ranks, world))
@@ -141,7 +146,7 @@ def stopped(run_ranks, folders, tmp_path):
     assert run_ranks(1, pretrained, [*WORDS, "--output-dir", tmp_path], folders, (0, 4, signal.SIGINT)) == [
         75
     ]
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint_0000.pth.tar", "checkpoint_0001_000001.pth.tar"]
+    assert checkpoints(tmp_path) == ["checkpoint_0000.pth.tar", "checkpoint_0001_000001.pth.tar"]
     return tmp_path
 
 
@@ -172,7 +177,7 @@ def test_a_damaged_newest_file_is_named_and_the_one_before_is_used(
 
 
 def test_without_a_good_file_nothing_is_started_anew(stopped, folders, cli):
-    for path in stopped.iterdir():
+    for path in stopped.glob("checkpoint*"):
         damage(path, "flipped")
     words = [*WORDS, "--output-dir", stopped, folders, "--resume"]
     code, output, errors = cli(main_moco.main, *words, "auto")

@@ -14,6 +14,7 @@ from moco import run_settings, trifeature
 STEP = re.compile(
     r"Epoch: \[\d\]\[\d/\d\]\tTime +[\d.]+ \( *[\d.]+\)\tData +[\d.]+ \( *[\d.]+\)\tLoss \d\.\d{4}e[+-]\d\d "
     r"\(\d\.\d{4}e[+-]\d\d\)\tAcc@1 +[\d.]+ \( *[\d.]+\)\tAcc@5 +[\d.]+ \( *[\d.]+\)"
+    r"\t\d+ images/s\t\d+ s left"
 )
 
 
@@ -21,10 +22,10 @@ def test_pretraining_prints_and_writes_what_upstream_does(pretrained):
     output, out = pretrained
     assert len(STEP.findall(output)) == 2 * 3
     assert "ln(1+K) = 3.0445" in output
-    assert "queue 100% full" in output
+    assert re.search(r"queue 100% full, \d+ images/s, \d+ s an epoch, 0 s left\n", output)
     assert "share statistics" not in output  # as there are two BatchNorm groups
     assert "holds every one of" not in output
-    assert sorted(os.listdir(out)) == ["checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"]
+    assert sorted(os.listdir(out)) == ["checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "log.jsonl"]
     checkpoint = torch.load(out / "checkpoint_0001.pth.tar", weights_only=True)
     assert checkpoint["epoch"] == 2
     assert checkpoint["arch"] == "resnet18"

@@ -9,7 +9,7 @@ import pytest
 import started_runs
 import test_resume
 from started_runs import LONG, SPAWN, Spawned, alive, all_end, at_step
-from test_resume import WORDS, content, pretrained
+from test_resume import WORDS, checkpoints, content, pretrained
 
 import main_moco
 from moco.watch import PREEMPTED, SAME, SIGNALS
@@ -41,7 +41,7 @@ def test_a_signal_to_the_parent_stops_the_ranks_which_go_on_exactly(
         )
         steps = int(re.search(said, run.output)[1])
         assert not alive(ranks)
-    assert sorted(os.listdir(tmp_path)) == [
+    assert checkpoints(tmp_path) == [
         "checkpoint_0000.pth.tar",
         f"checkpoint_0001_{steps:06d}.pth.tar",
     ]
@@ -68,7 +68,7 @@ def test_a_second_signal_ends_a_run_at_once_in_the_middle_of_a_step(folders, tmp
         os.kill(run.pid, signal.SIGTERM)
         assert run.end(10) == 2 and "Traceback" not in run.output
         assert f"exit code {128 + signal.SIGTERM}" in run.output and all_end(everyone, 5)
-    assert os.listdir(tmp_path) == []
+    assert checkpoints(tmp_path) == []
 
 
 def as_torchrun_does():
@@ -109,4 +109,4 @@ def test_kill_9_of_the_launcher_ends_all_where_sigint_is_ignored(
         assert len(ranks) == 2
         os.kill(run.pid, signal.SIGKILL)
         assert all_end(ranks, 10)
-    assert bool(os.listdir(tmp_path)) == (moment == "training")  # it was saved
+    assert bool(checkpoints(tmp_path)) == (moment == "training")  # it was saved
