@@ -120,9 +120,7 @@ def expected_scalars(entries, steps=3):
     return expected
 
 
-@pytest.mark.parametrize(
-    ("world", "flags"), [(1, ["--bn-splits", "2", "--amp", "bf16", "--channels-last"]), (2, [])]
-)
+@pytest.mark.parametrize(("world", "flags"), [(1, ["--bn-splits", "2", "--amp", "bf16"]), (2, [])])
 def test_seeing_a_run_changes_no_bit_of_it(run_ranks, folders, tmp_path, world, flags):
     runs = {"unseen": ["-p", "100"], "seen": ["-p", "1", "--knn", "1", "--tensorboard"]}
     for name, words in (runs | {"another seed": ["--seed", "4"]}).items():
