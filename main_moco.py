@@ -6,12 +6,10 @@ torchrun, on any nodes:    torchrun --nproc_per_node 4 main_moco.py ...
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +70,10 @@ class Run:
     optimizer: torch.optim.Optimizer
     watch: Watch
     data: dict | None = None  # images and global batch
-    chance: float = math.nan  # loss of a model that tells nothing apart
+    chance: float | None = None  # loss of a model that tells nothing apart
     output: RunFolder | None = None
     record: RunLog = RunLog()
-    knn: Callable | None = None  # evaluates the query encoder after an epoch
+    knn: KnnEvaluation | None = None
     bad_image_lines: Callable | None = None  # of an epoch
 
 
@@ -140,7 +138,7 @@ def pretrain(process, args, folder):
     if fault := from_first(fault):
         raise UserError(fault)
     record = start_log(
-        args.output_dir, process, args.tensorboard, Path(__file__).name, settings=chosen, **data,
+        args.output_dir, process, args.tensorboard, "main_moco.py", settings=chosen, **data,
         steps=len(loader), chance=chance, epoch=epoch, step=step,
     )  # fmt: skip
     with Signals() as signals, record:
@@ -163,7 +161,7 @@ def train(run, epoch, step, log_state=None):
         set_learning_rate(run.optimizer, lr)
         batches.epoch, batches.first = epoch, step
         write = partial(run.record.write, epoch=epoch, lr=lr)
-        print_freq = args.print_freq if process.is_first else 0
+        print_freq = args.print_freq * process.is_first
         log = StepLog(f"Epoch: [{epoch}]", run.loader, print_freq, step, process.world_size, write)
         if step:
             log.load_state_dict(log_state, process.device)
@@ -173,9 +171,9 @@ def train(run, epoch, step, log_state=None):
 
         whole = step == len(batches)
         if whole:
-            means = log.means() | {"lr": lr} | standing(run, epoch, step)
-            done, left = epoch + 1 - first_epoch, args.epochs - epoch - 1
-            process.say(epoch_line(epoch, means, run.chance, done, left, time.monotonic() - start))
+            means = log.means() | {"lr": lr, **standing(run, epoch, step)}
+            seconds = (time.monotonic() - start) / (epoch + 1 - first_epoch)
+            process.say(epoch_line(epoch, means, run.chance, seconds, args.epochs - epoch - 1))
         if process.is_first:
             state = trained_state(run.model, run.optimizer, run.execution.scaler) | {
                 "epoch": epoch + whole, "step": 0 if whole else step, "arch": args.arch,
@@ -183,8 +181,7 @@ def train(run, epoch, step, log_state=None):
             }  # fmt: skip
             path = run.output.save(state)
         if whole:
-            percent = run.knn(epoch, run.model.module.encoder_q)
-            write("epoch", **means | ({"knn": percent} if percent else {}))
+            write("epoch", **means, **run.knn(epoch, run.model.module.encoder_q))
             told = told or run.watch.last()[0]  # during the evaluation
         if told and not (whole and epoch + 1 == args.epochs):
             from_first(None)  # all wait for the file: who leaves first may take the others along

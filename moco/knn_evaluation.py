@@ -50,7 +50,7 @@ def labellings(folder, train):
 
 
 class KnnEvaluation:
-    """Called after an epoch in all processes of the run: percentages of val/ that are right, by labelling.
+    """Called after an epoch in all processes of the run: the percentage of val/ that is right, by labelling.
 
     every: the epochs between two evaluations, 0 for never; the last of `epochs` is always evaluated.
     arch, process, execution: as in training.
@@ -87,7 +87,7 @@ class KnnEvaluation:
         self.small = small_maps(self.network)
 
     def __call__(self, epoch, encoder):
-        """{labelling: percent} after `epoch`, {} when it is not evaluated. encoder: ends in `fc`."""
+        """{"knn": {labelling: percent}} after `epoch`, {} when it is not evaluated. encoder: ends in `fc`."""
         if not self.every or ((epoch + 1) % self.every and epoch + 1 < self.epochs):
             return {}
         began = time.monotonic()
@@ -97,7 +97,7 @@ class KnnEvaluation:
         seconds = time.monotonic() - began
         found = " ".join(f"{name} {value:.1f}" for name, value in percent.items())
         self.process.say(f" * kNN {found} ({seconds:.1f} s)")
-        return percent
+        return {"knn": percent}
 
     def _features(self, encoder):
         """Of this process's share of the images: unit rows (n x C) and classes (n,)."""

@@ -132,15 +132,14 @@ class StepLog:
         }
 
 
-def epoch_line(epoch, means, chance, epochs_done, epochs_left, seconds):
-    """What the console says after an epoch. means: of StepLog, with lr and queue_fill; seconds: that the
-    epochs done by this start have taken.
+def epoch_line(epoch, means, chance, seconds, epochs_left):
+    """What the console says after an epoch. means: of StepLog, with lr and queue_fill; seconds: of an epoch
+    so far, with all that belongs to it.
     """
-    each = seconds / epochs_done
     return (
         f"epoch {epoch}: loss {means['loss']:.4f} (chance {chance:.4f}), lr {means['lr']:.3g}, "
         f"queue {means['queue_fill']:.0%} full, {means['images_per_s']:.0f} images/s, "
-        f"{duration(each)} an epoch, {duration(each * epochs_left)} left"
+        f"{duration(seconds)} an epoch, {duration(seconds * epochs_left)} left"
     )
 
 

@@ -120,7 +120,7 @@ def evaluated(rank, world, folder):
             buffer.add_(1)
     knn_evaluation.K = 5
     made = evaluation(folder, rank, world)
-    percent = made(1, encoder)
+    percent = made(1, encoder)["knn"]
     with torch.inference_mode():
         return percent, made._features(encoder)[0].numpy()
 
@@ -189,7 +189,7 @@ def test_nothing_of_the_encoder_changes_and_the_pixels_are_kept(folders):
     state, random = content_hash(dict(encoder.state_dict())), torch.get_rng_state()
     assert made(0, encoder) == {} and made(2, encoder) == {} and not made.kept
     first = made(1, encoder)
-    assert list(first) == ["class"] and made.loader._loader is None  # its workers are gone
+    assert list(first["knn"]) == ["class"] and made.loader._loader is None  # its workers are gone
     assert made(3, encoder) == made(4, encoder) == first  # from memory; the last epoch comes besides
     assert torch.equal(torch.get_rng_state(), random) and encoder.training
     assert content_hash(dict(encoder.state_dict())) == state
