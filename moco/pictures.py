@@ -5,11 +5,10 @@ open and no setting of the caller's is touched.
 """
 
 import contextlib
-import os
 from pathlib import Path
 
 from moco.errors import UserError
-from moco.files import atomic_file
+from moco.files import atomic_file, check_free
 
 WIDTH, DPI = 10, 200  # inches; dots per inch: letters of 8 points and more are readable at 1000 pixels
 
@@ -35,11 +34,7 @@ STYLE = {
 
 def check_picture(out, force):
     """Raise UserError unless a picture can be written to `out`: before the work that leads to it."""
-    out = Path(out)
-    if out.is_dir() or (os.path.lexists(out) and not force):
-        raise UserError(f"{out} exists already: name another file, or replace it with --force")
-    if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} does not exist: make it or name another")
+    check_free(out, force)
     known = set(_matplotlib().figure.Figure().canvas.get_supported_filetypes()) - {"pgf"}  # LaTeX, no picture
     if _ending(out) not in known:
         raise UserError(
@@ -62,7 +57,7 @@ def own_style():
 def save_picture(figure, out):
     """Write a Figure to `out` in the format of its ending; `out` shows the whole picture or what it was."""
     try:
-        with atomic_file(out) as temporary:
+        with own_style(), atomic_file(out) as temporary:
             figure.savefig(temporary, format=_ending(out))
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror or error}); choose another place") from error
