@@ -79,7 +79,7 @@ def _add_shared(sheet):
     add("--force", action="store_true", help="replace OUT.png if it exists")
     add(
         "--image-size", type=int, metavar="S",
-        help="side of a view (default: the checkpoint's where it says, else 224)",
+        help="side of a view (default: 224, or the checkpoint's where it says)",
     )  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="chooses images and views (default: %(default)s)")
     add("--count", type=int, default=8, metavar="N", help="images (default: %(default)s)")
@@ -117,7 +117,7 @@ def _pairs(args, folder):
     recipe, name = (moco_v2(), "v2") if args.aug_plus else (moco_v1(), "v1")
     pairs = pairs_of(images, recipe, size, args.resize, args.seed, args.epoch, args.count, args.decoder)
     title = (
-        f"{folder}: the first pairs of epoch {args.epoch} with seed {args.seed}\n"
+        f"{shortened(str(folder), 70)}: the first pairs of epoch {args.epoch} with seed {args.seed}\n"
         f"MoCo {name} augmentation, views of {size} x {size} pixels, resize {args.resize}; "
         "boxes: where they are cut out"
     )
@@ -148,7 +148,7 @@ def _draw_neighbours(process, args, folder, train, val, model, about):
     searched = f"all {len(train)}" if args.among is None else f"{args.among} of {len(train)}"
     title = (
         f"Nearest of {searched} training images by the cosine of the features of\n{shortened(about, 100)}\n"
-        f"{folder}, {args.image_size} x {args.image_size} pixels; {agreement(found)}"
+        f"{shortened(str(folder), 50)}, {args.image_size} x {args.image_size} pixels; {agreement(found)}"
     )
     save_picture(neighbours_sheet(found, title), args.out)
     print(agreement(found))
