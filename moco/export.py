@@ -11,7 +11,7 @@ import pickle
 from pathlib import Path
 
 from moco.errors import UserError, run_program
-from moco.files import atomic_file
+from moco.files import atomic_file, check_free
 
 SUFFIXES = {  # what the libraries tell the formats apart by
     "torchvision": (".pth", ".pt"),
@@ -93,10 +93,7 @@ def detectron2_name(name):
 def _check_target(out, to, force):
     if not out.name.endswith(SUFFIXES[to]):
         raise UserError(f"{out} must end in {' or '.join(SUFFIXES[to])}, by which {to} files are recognised")
-    if not os.path.isdir(out.parent):
-        raise UserError(f"the folder {out.parent} does not exist: make it or name another")
-    if os.path.isdir(out) or (os.path.lexists(out) and not force):
-        raise UserError(f"{out} exists already: name another file, or replace it with --force")
+    check_free(out, force)
     if to == "safetensors":
         _safetensors()
 

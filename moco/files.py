@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from moco.errors import UserError
+
 
 def fsync_path(path):
     """Flush a file or a folder (its list of names) to the disk."""
@@ -15,6 +17,15 @@ def fsync_path(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_free(path, force):
+    """Raise UserError unless a file can appear at `path`, with `force` also in place of one that is there."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"the folder {path.parent} does not exist: make it or name another")
+    if path.is_dir() or (os.path.lexists(path) and not force):
+        raise UserError(f"{path} exists already: name another file, or replace it with --force")
 
 
 @contextlib.contextmanager
