@@ -7,7 +7,7 @@ from moco.distributed import everybodys
 from moco.errors import UserError
 from moco.files import atomic_file
 
-WIDTH = 26  # of a class name
+WIDTH = 25  # of a class name
 
 
 def best_head(heads):
@@ -57,7 +57,7 @@ def lines(heads, names, confusion, best_acc1, path):
         yield f"the worst of {len(names)} classes{of_head}, after epoch {best.best['epoch']} (all in {path}):"
         yield from worst_classes(confusion, names)
     if len(heads) > 1:
-        yield f"--lr {best.lr:g} is the best of {len(heads)} that were compared, on the validation split itself,"
+        yield f"--lr {best.lr:g} is the best of {len(heads)} compared on the validation split itself,"
         yield "as users of the published program do by hand: say so beside the number"
     yield f"best Acc@1 {best_acc1:.3f} (chance {100 / len(names):.3f})"
 
