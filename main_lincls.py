@@ -2,72 +2,43 @@
 
 python main_lincls.py --pretrained checkpoint_0199.pth.tar --dataset_root ROOT ...   (and every way to
 start that main_moco.py has)
+python main_lincls.py --lr 1 3 10 30 ...    trains a classifier per value in one pass and keeps the best
 """
 
-from pathlib import Path
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from moco import trifeature, zoo
+from moco import heads, linear_report, trifeature, zoo
 from moco.bad_images import BadImages
-from moco.checkpoint import (
-    check_arch,
-    continue_from,
-    encoder_state,
-    load_strictly,
-    read_checkpoint,
-    save_checkpoint,
-    trained_state,
-)
+from moco.checkpoint import check_arch, encoder_state, load_strictly, read_checkpoint, save_checkpoint
 from moco.data import labelled_folders, paths_of
-from moco.distributed import check_agreement, from_first, sum_over_processes, wrap
+from moco.distributed import Process, check_agreement, everybodys, from_first, wrap
 from moco.draws import linear_train
 from moco.encoders import base_encoder, check_image_size
-from moco.errors import UserError, run_program
-from moco.execution import execution_of, start_momentum
+from moco.errors import run_program
+from moco.execution import Execution, execution_of
 from moco.finish import finisher
+from moco.heads import Layers, check_frozen, freeze_all_but_last
 from moco.launch import launch
-from moco.meters import StepLog, accuracy, check_finite
-from moco.options import check_shared, shared_parser
+from moco.linear_options import check, newest_in, parse_args, what_is_kept
+from moco.meters import accuracy, top_classes
 from moco.run_settings import check_output, data_folder, fast_line, loading_line, loading_of, settings
 from moco.schedules import learning_rate, set_learning_rate
 from moco.seeds import run_seed
 from moco.views import normalise
-
-
-def parse_args():
-    parser = shared_parser(
-        "Train a linear classifier on the frozen features of a pre-trained encoder.",
-        epochs=100, lr=30.0, schedule=[60, 80], weight_decay=0.0,
-    )  # fmt: skip
-    linear = parser.add_argument_group("linear evaluation")
-    linear.add_argument(
-        "--pretrained",
-        default="",
-        metavar="CKPT",
-        help="checkpoint or released model (default: untrained)",
-    )
-    linear.add_argument(
-        "-e", "--evaluate", action="store_true", help="only validate the classifier of --resume"
-    )
-    linear.add_argument(
-        "--target",
-        choices=tuple(trifeature.FACTORS),
-        help="predict this factor of Trifeature, not the folder's class",
-    )
-    return parser.parse_args()
+from moco.watch import Signals, Watch
 
 
 def main():
     args = parse_args()
-    check_shared(args)
-    if args.resume == "auto":
-        newest = Path(args.output_dir) / "checkpoint.pth.tar"
-        args.resume = str(newest) if newest.is_file() else ""
-        print(f"--resume auto: {args.resume or 'nothing to go on from yet'}")
-    if args.evaluate and not args.resume:
-        raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
+    check(args)
     check_image_size(args.arch, args.image_size)
     check_output(args.output_dir)
     folder = data_folder(args)
@@ -81,8 +52,28 @@ def main():
     )  # fmt: skip
 
 
+@dataclass
+class Run:
+    """What the steps of a run share, in one of its processes."""
+
+    args: argparse.Namespace
+    process: Process
+    seed: int
+    loader: Any
+    val_loader: Any
+    names: list  # of the classes
+    finish: Callable
+    bad_image_lines: Callable  # of an epoch
+    execution: Execution
+    model: nn.Module
+    heads: list
+    watch: Watch
+    newest: str  # the checkpoint that has the last finished epoch, if there is one
+    print_freq: int  # 0 where nothing is printed
+
+
 def evaluate_features(process, args, folder):
-    """Train and validate the classifier in one process of the run."""
+    """Train and validate the classifiers in one process of the run."""
     say = process.say
     source = args.resume or args.pretrained
     checkpoint = read_checkpoint(source) if source else {}
@@ -91,124 +82,157 @@ def evaluate_features(process, args, folder):
     seed = from_first(run_seed(args.seed, checkpoint if args.resume else {}))
 
     # Data: training samples are shared out batch by batch, validation images one by one.
-    train, val, classes = labelled_folders(folder, args.target)
+    train_images, val_images, classes = labelled_folders(folder, args.target)
     device_aug, loading = loading_of(args, process.device)
-    bad_images = BadImages(args.on_bad_image, len(train), seed)
-    train_loader = loading.training(
-        train, linear_train(), process, seed,
+    bad_images = BadImages(args.on_bad_image, len(train_images), seed)
+    loader = loading.training(
+        train_images, linear_train(), process, seed,
         views=1, photometric=device_aug == "off", bad_images=bad_images,
     )  # fmt: skip
-    val_loader = loading.validation(val, process)
+    val_loader = loading.validation(val_images, process)
     finish, how = finisher(device_aug, linear_train(), process.device)
-
     chosen = settings(args, device_aug, loading, execution, seed)
-    check_agreement({**chosen, "images": len(train), "validation images": len(val), "classes": classes})
+    sizes = {"images": len(train_images), "validation images": len(val_images), "classes": classes}
+    check_agreement(chosen | sizes)
 
-    # Model: everything is frozen but the last layer, which starts small.
+    # Model: everything is frozen but the last layer, which starts small, the same for every learning rate.
     torch.manual_seed(seed)
     model = base_encoder(args.arch)(num_classes=classes)
-    model.requires_grad_(False)
-    model.fc.weight.data.normal_(mean=0.0, std=0.01)
-    model.fc.bias.data.zero_()
-    model.fc.requires_grad_(True)
+    freeze_all_but_last(model)
     if args.resume:
         load_strictly(model, checkpoint["state_dict"], source)
     elif args.pretrained:
         load_strictly(model, encoder_state(checkpoint, source), source, may_miss=("fc.weight", "fc.bias"))
+    lrs = args.lr[:1] if args.evaluate else args.lr
+    model.fc = Layers(model.fc, len(lrs))
     execution.prepare(model)
     model = wrap(model.to(process.device), process)
-    optimizer = torch.optim.SGD(
-        model.module.fc.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
-    )
-    start_momentum(optimizer)
-    start_epoch, best_acc1 = args.start_epoch, 0.0
+    of_lrs = heads.make_heads(model.module.fc, lrs, args.momentum, args.weight_decay, execution.new_scaler)
+    start = args.start_epoch, 0.0, None
     if args.resume and not args.evaluate:
-        start_epoch = continue_from(
-            checkpoint, args.resume, model.module, optimizer, args.epochs, execution.scaler
-        )
-        best_acc1 = float(checkpoint.get("best_acc1", 0.0))
-    frozen = {name: t.clone() for name, t in model.module.state_dict().items() if not name.startswith("fc.")}
+        start = heads.restore(of_lrs, checkpoint, source, args.epochs)
 
-    say(f"{len(train)} training and {len(val)} validation images of {folder}, {classes} classes; seed {seed}")
-    say(loading_line(train_loader, loading))
+    counts = "{} training and {} validation images of {}, {} classes; seed {}"
+    say(counts.format(len(train_images), len(val_images), folder, classes, seed))
+    say(loading_line(loader, loading))
     say(how)
     say(execution)
     if args.fast:
         say(fast_line(args, chosen))
     say(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
-    if args.evaluate:
-        validate(args, process, val_loader, execution, model)
-        return
+    if len(lrs) > 1:
+        say(f"{len(lrs)} classifiers; the lines of steps show the best so far, at first --lr {lrs[0]:g}")
 
-    for epoch in range(start_epoch, args.epochs):
-        set_learning_rate(optimizer, learning_rate(args.lr, epoch, args.epochs, milestones=args.schedule))
-        train_loader.batch_sampler.epoch = epoch
-        train_epoch(args, process, train_loader, finish, execution, model, optimizer, epoch)
-        for line in bad_images.lines(epoch, paths_of(train)):
-            say(line)
-        acc1 = validate(args, process, val_loader, execution, model)
-        if epoch == start_epoch:
-            check_frozen(model.module, frozen)
-
-        is_best, best_acc1 = acc1 > best_acc1, max(acc1, best_acc1)
-        if process.is_first:
-            state = {
-                "epoch": epoch + 1,
-                "arch": args.arch,
-                **trained_state(model, optimizer, execution.scaler),
-                "best_acc1": best_acc1,
-                "seed": seed,
-            }
-            for name in ["checkpoint.pth.tar"] + ["model_best.pth.tar"] * is_best:
-                save_checkpoint(state, Path(args.output_dir) / name)
-    say(f"best Acc@1 {best_acc1:.3f} (chance {100 / classes:.3f})")
+    names = trifeature.FACTORS[args.target] if args.target else train_images.classes
+    lines = partial(bad_images.lines, paths=paths_of(train_images))
+    with Signals() as signals:
+        run = Run(
+            args, process, seed, loader, val_loader, names, finish, lines, execution, model, of_lrs,
+            Watch(signals, process), args.resume, args.print_freq if process.is_first else 0,
+        )  # fmt: skip
+        if args.evaluate:
+            for line in linear_report.worst_classes(validate(run, 0)[2], names):
+                say(line)
+        else:
+            train(run, *start)
 
 
-def train_epoch(args, process, loader, finish, execution, model, optimizer, epoch):
-    """One pass over the training data with the backbone in evaluation mode, so that its BatchNorm stays
-    as it is.
+def train(run, first_epoch, best_acc1, confusion):
+    """Train from an epoch to the end, or until a process is told to stop, and report.
+
+    best_acc1, confusion: of the best head in its best epoch so far (None: there is none).
     """
-    model.eval()
-    log = StepLog(f"Epoch: [{epoch}]", loader, args.print_freq if process.is_first else 0)
-    for batch in log.steps():
-        [images], target = finish(batch), batch.targets
+    args, process, newest = run.args, run.process, newest_in(run.args.output_dir)
+    frozen = {n: t.clone() for n, t in run.model.module.state_dict().items() if not n.startswith("fc.")}
+    for epoch in range(first_epoch, args.epochs):
+        for head in run.heads:
+            lr = learning_rate(head.lr, epoch, args.epochs, milestones=args.schedule)
+            set_learning_rate(head.optimizer, lr)
+        run.loader.batch_sampler.epoch = epoch
+        losses = train_epoch(run, epoch)
+        for line in run.bad_image_lines(epoch):
+            process.say(line)
+        reached, best, confused = validate(run, epoch)
+        if epoch == first_epoch:
+            check_frozen(run.model.module, frozen)
 
-        with execution.autocast():
-            output = model(images).float()  # N x classes
-        loss = F.cross_entropy(output, target)
+        heads.record(run.heads, epoch, losses, reached)
+        if is_best := reached[best][0] > best_acc1:
+            best_acc1, confusion = reached[best][0], confused
+        if process.is_first:
+            shared = {"arch": args.arch, "best_acc1": best_acc1, "seed": run.seed}
+            tensors = run.model.state_dict()
+            state = heads.checkpoint_of(run.heads, heads.leader(run.heads), epoch + 1, tensors, shared)
+            state |= {"heads": [head.state_dict(epoch + 1) for head in run.heads], "confusion": confusion}
+            save_checkpoint(state, newest)
+            if is_best:
+                state = heads.checkpoint_of(run.heads, run.heads[best], epoch + 1, tensors, shared)
+                save_checkpoint(state, newest.with_name("model_best.pth.tar"))
+        run.newest = str(newest)
+    if process.is_first:
+        report = newest.with_name("linear.json")
+        linear_report.write(report, run.heads, run.names, confusion, seed=run.seed)
+        for line in linear_report.lines(run.heads, run.names, confusion, best_acc1, report):
+            print(line)
 
-        optimizer.zero_grad()
-        execution.scaler.scale(loss).backward()
-        execution.scaler.step(optimizer)
-        execution.scaler.update()
-        log.update(loss, accuracy(output, target), len(target))
-    check_finite(sum_over_processes(log.loss.total_tensor(process.device)), epoch, optimizer)
+
+def train_epoch(run, epoch):
+    """One pass over the training data with the backbone in evaluation mode, so that its BatchNorm stays
+    as it is. Returns the mean loss of every head over all processes.
+
+    Raises UserError when no head has a finite loss left.
+    """
+    run.model.eval()
+    logs, shown = heads.step_logs(f"Epoch: [{epoch}]", run.loader, run.heads, run.print_freq)
+    for batch in shown.steps():
+        [images], target = run.finish(batch), batch.targets
+
+        with run.execution.autocast():
+            outputs = run.model(images)  # of each head N x classes
+        outputs = [output.float() for output in outputs]
+        losses = [F.cross_entropy(output, target) for output in outputs]
+
+        heads.train_step(run.heads, losses)
+        for log, loss, output in zip(logs, losses, outputs, strict=True):
+            log.update(loss, accuracy(output, target), len(target))
+        if any(run.watch.step(heads.any_finite(run.heads, [log.loss.total for log in logs]))):
+            break
+    told, _ = run.watch.last()
+    losses = heads.mean_losses(logs, run.process.device)
+    heads.note_diverged(run.heads, losses, epoch, run.process.say)
+    if told:
+        run.watch.leave(f"in epoch {epoch}", what_is_kept(run.newest, run.args))
+    return losses
 
 
 @torch.no_grad()
-def validate(args, process, loader, execution, model):
-    """Top-1 accuracy in percent on the validation set, each image counted once in all processes."""
-    model.eval()
-    log = StepLog("Test: ", loader, args.print_freq if process.is_first else 0)
-    for batch in log.steps():
-        with execution.autocast():  # past DDP, as processes may differ in steps
-            output = model.module(normalise(batch.pixels[0])).float()
+def validate(run, epoch):
+    """Top-1 and top-5 accuracy of every head in percent on the validation set, each image counted once in all
+    processes; which head that has not diverged is the best; and its moco.linear_report.confusion_of.
+    """
+    run.model.eval()
+    steps = min(everybodys(len(run.val_loader)))  # that every process has
+    logs, shown = heads.step_logs("Test: ", run.val_loader, run.heads, run.print_freq)
+    targets = [torch.empty(0, dtype=torch.int64, device=run.process.device)]
+    predictions = [targets[0].expand(len(run.heads), 0)]
+    for step, batch in enumerate(shown.steps()):
         target = batch.targets
-        log.update(F.cross_entropy(output, target), accuracy(output, target), len(target))
+        with run.execution.autocast():  # past DDP, as processes may differ in steps
+            outputs = run.model.module(normalise(batch.pixels[0]))
+        outputs = [output.float() for output in outputs]
+        for log, output in zip(logs, outputs, strict=True):
+            log.update(F.cross_entropy(output, target), accuracy(output, target), len(target))
+        targets.append(target.clone())  # the batch's own would hold its slot of the loader's memory
+        predictions.append(torch.stack([top_classes(output)[:, 0] for output in outputs]))
+        if step < steps and run.watch.step(torch.zeros(()))[0]:
+            run.watch.leave(f"in epoch {epoch}", what_is_kept(run.newest, run.args))
+    run.watch.last()
 
-    sums = torch.tensor([float(log.top1.total), float(log.top5.total), log.top1.count], dtype=torch.float64)
-    acc1, acc5, count = sum_over_processes(sums.to(process.device)).tolist()
-    if process.is_first:
-        print(f" * Acc@1 {acc1 / count:.3f} Acc@5 {acc5 / count:.3f}")
-    return acc1 / count
-
-
-def check_frozen(model, frozen):
-    """Raise RuntimeError when a tensor of the backbone is not what it was before training."""
-    state = model.state_dict()
-    moved = [name for name, tensor in frozen.items() if not torch.equal(state[name], tensor)]
-    if moved:
-        raise RuntimeError(f"training the classifier changed frozen tensors: {', '.join(moved[:3])}")
+    reached = heads.mean_accuracies(logs, run.process.device)
+    best = max(range(len(run.heads)), key=lambda i: (run.heads[i].diverged is None, reached[i][0]))
+    for line in linear_report.accuracies(run.heads, reached, best):
+        run.process.say(line)
+    return reached, best, linear_report.confusion_of(torch.cat(targets), torch.cat(predictions, 1)[best])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ class Execution:
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self):
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        self.scaler = self.new_scaler()
+
+    def new_scaler(self):
+        """Another such scaler."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
 
     def check(self):
         """Raise UserError when this device or this installation cannot do it."""

@@ -1,11 +1,9 @@
 """Running means that stay on the device until they are printed, and the console lines that show them."""
 
-import math
 import time
 
 import torch
 
-from moco.errors import UserError
 from moco.progress import duration
 
 
@@ -143,6 +141,13 @@ def epoch_line(epoch, means, chance, seconds, epochs_left):
     )
 
 
+def top_classes(logits, most=5):
+    """The numbers of the largest logits (N x classes) of each row, the largest first: int64 N x min(most,
+    classes).
+    """
+    return logits.topk(min(most, logits.shape[1]), dim=1).indices
+
+
 @torch.no_grad()
 def accuracy(logits, labels, topk=(1, 5)):
     """Percentages of the N rows whose label (N, int64) is among the k largest logits (N x classes),
@@ -150,8 +155,7 @@ def accuracy(logits, labels, topk=(1, 5)):
 
     With fewer classes than k every row counts as right.
     """
-    largest = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # N x k
-    hits = largest == labels[:, None]
+    hits = top_classes(logits, max(topk)) == labels[:, None]  # N x k
     return [hits[:, :k].any(dim=1).float().mean() * 100 for k in topk]
 
 
@@ -159,12 +163,3 @@ def accuracy(logits, labels, topk=(1, 5)):
 def rank_accuracy(ranks, topk=(1, 5)):
     """Percentages of N ranks (int64: how many logits are larger than the label's) below each k, 0-dim."""
     return [(ranks < k).float().mean() * 100 for k in topk]
-
-
-def check_finite(loss, epoch, optimizer):
-    """Raise UserError when the loss of an epoch, summed over all processes, is not a number or infinite."""
-    if not math.isfinite(loss):
-        lr = optimizer.param_groups[0]["lr"]
-        raise UserError(
-            f"the loss of epoch {epoch} is {float(loss)} at lr {lr:g}; start again with a lower --lr"
-        )

@@ -8,7 +8,10 @@ from moco.errors import UserError
 
 
 def shared_parser(description, *, epochs, lr, schedule, weight_decay):
-    """A parser with the flags of both programs; the keywords are the defaults in which they differ."""
+    """A parser with the flags of both programs; the keywords are the defaults in which they differ.
+
+    lr: a list where the program takes several; then call folder_after_rates on what the parser gives.
+    """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
 
     data = parser.add_argument_group("data")
@@ -96,9 +99,11 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
         "--wd", "--weight-decay", dest="weight_decay", type=float, default=weight_decay, metavar="W",
         help="(default: %(default)s)",
     )  # fmt: skip
+    several = {"type": _number_or_word, "nargs": "+"} if isinstance(lr, list) else {"type": float}
     training.add_argument(
-        "--lr", "--learning-rate", dest="lr", type=float, default=lr, metavar="LR",
-        help="(default: %(default)s)",
+        "--lr", "--learning-rate", dest="lr", default=lr, metavar="LR", **several,
+        help="for linear evaluation one or several: a classifier for each in one pass, the best is kept "
+        "(default: %(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--seed", type=int, metavar="N", help="same seed, same run (default: drawn and printed)"
@@ -151,6 +156,16 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
     return parser
 
 
+def folder_after_rates(parser, args):
+    """`args`, with DIR taken out of the values of --lr where it comes after them, as in --lr 30 DIR."""
+    if isinstance(args.lr[-1], str) and args.folder is None:
+        *args.lr, args.folder = args.lr
+    words = [value for value in args.lr if isinstance(value, str)]
+    if words or not args.lr:
+        parser.error(f"argument --lr: {words[0]!r} is no number" if words else "argument --lr: no number")
+    return args
+
+
 def check_shared(args):
     """Raise UserError for a value of a shared flag that cannot work."""
     for name in ("epochs", "batch_size", "print_freq"):
@@ -159,8 +174,12 @@ def check_shared(args):
     for name in ("start_epoch", "momentum", "weight_decay"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    if not 0 < args.lr < math.inf:
-        raise UserError(f"--lr must be above 0, not {args.lr}")
+    rates = args.lr if isinstance(args.lr, list) else [args.lr]
+    for lr in rates:
+        if not 0 < lr < math.inf:
+            raise UserError(f"--lr must be above 0, not {lr}")
+        if rates.count(lr) > 1:
+            raise UserError(f"--lr has {lr:g} more than once; give each value once")
     if args.image_size < 8:
         raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
     if args.workers is not None and args.workers < 0:
@@ -180,3 +199,10 @@ def check_shared(args):
         )
     if args.resume not in ("", "auto") and not Path(args.resume).is_file():
         raise UserError(f"--resume: there is no file {args.resume}; to start anew leave the flag out")
+
+
+def _number_or_word(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text

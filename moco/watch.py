@@ -13,6 +13,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from moco.distributed import from_first
+
 PREEMPTED = 75  # exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 30.0  # seconds in which a process without a parent saves
@@ -94,6 +96,14 @@ class Watch:
             handle.wait()
             self._asked, seen = None, message.bool().tolist()
         return seen
+
+    def leave(self, where, kept):
+        """End the program on all processes, as one was told to: the first says where, and what is kept."""
+        self.last()
+        name = self.signals.name or "a signal to another process"
+        self.process.say(f"stopped {where}, as {name} said: {kept}")
+        from_first(None)  # all wait for the line: who leaves first may take the others along
+        raise SystemExit(PREEMPTED)
 
     def _look(self, finite):
         if finite.device.type == "cuda":

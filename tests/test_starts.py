@@ -138,7 +138,7 @@ def test_published_command_lines_are_understood(monkeypatch):
     assert (args.batch_size, args.schedule, args.lr, args.pretrained) == (
         128,
         [30, 40, 50],
-        10.0,
+        [10.0],
         "model_best.pth.tar",
     )
 
@@ -154,7 +154,7 @@ def test_defaults_are_upstreams(monkeypatch):
     of_moco = {"epochs": 200, "lr": 0.03, "schedule": [120, 160], "weight_decay": 1e-4, "bn_splits": 1}
     of_moco |= {"moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "method": None}
     of_moco |= {"mlp": False, "aug_plus": False, "cos": False}
-    of_linear = {"epochs": 100, "lr": 30.0, "schedule": [60, 80], "weight_decay": 0.0}
+    of_linear = {"epochs": 100, "lr": [30.0], "schedule": [60, 80], "weight_decay": 0.0}
     of_linear |= {"evaluate": False, "pretrained": ""}
     for parsed, expected in ((moco, {**shared, **of_moco}), (linear, {**shared, **of_linear})):
         assert {name: parsed[name] for name in expected} == expected
