@@ -162,12 +162,12 @@ def train(run, first_epoch, best_acc1, confusion):
         if process.is_first:
             shared = {"arch": args.arch, "best_acc1": best_acc1, "seed": run.seed}
             tensors = run.model.state_dict()
+            if is_best:  # first: an end between the two files leaves the epoch to be done again
+                state = heads.checkpoint_of(run.heads, run.heads[best], epoch + 1, tensors, shared)
+                save_checkpoint(state, newest.with_name("model_best.pth.tar"))
             state = heads.checkpoint_of(run.heads, heads.leader(run.heads), epoch + 1, tensors, shared)
             state |= {"heads": [head.state_dict(epoch + 1) for head in run.heads], "confusion": confusion}
             save_checkpoint(state, newest)
-            if is_best:
-                state = heads.checkpoint_of(run.heads, run.heads[best], epoch + 1, tensors, shared)
-                save_checkpoint(state, newest.with_name("model_best.pth.tar"))
         run.newest = str(newest)
     if process.is_first:
         report = newest.with_name("linear.json")

@@ -179,11 +179,12 @@ def train(run, epoch, step, log_state=None):
                 "epoch": epoch + whole, "step": 0 if whole else step, "arch": args.arch,
                 "seed": run.seed, "settings": run.settings, "log": log.state_dict(), "data": run.data,
             }  # fmt: skip
-            path = run.output.save(state)
+            path = run.output.save(state, wait=False)
         if whole:
             write("epoch", **means, **run.knn(epoch, run.model.module.encoder_q))
             told = told or run.watch.last()[0]  # during the evaluation
         if told and not (whole and epoch + 1 == args.epochs):
+            run.output.wait()
             from_first(None)  # all wait for the file: who leaves first may take the others along
             name = run.watch.signals.name or "a signal to another process"
             process.say(f"stopped in epoch {epoch} after {step} of {len(batches)} steps, as {name} said")
@@ -191,6 +192,7 @@ def train(run, epoch, step, log_state=None):
                 print(f"{path} has it all; --resume auto goes on")
             raise SystemExit(PREEMPTED)
         step = 0
+    run.output.wait()
 
 
 def train_epoch(run, epoch, log):

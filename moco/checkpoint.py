@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, read without running what is in them."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -24,14 +25,30 @@ def save_checkpoint(checkpoint, path):
     It is sealed (moco.seal), by which read_checkpoint finds out whether a bit has flipped. Raises UserError
     when the disk is full or the folder cannot be written to.
     """
-    try:
-        # The death of a data worker is a RuntimeError too, raised wherever the program is at that moment.
-        with atomic_file(path) as temporary, worker_errors(), sealed(temporary):
+    begin_saving(checkpoint, path)()
+
+
+def begin_saving(checkpoint, path):
+    """The first half of save_checkpoint, after which the tensors may change. Returns the second, a function
+    that waits for the disk and gives the file its name. Both raise UserError as save_checkpoint does.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_writing(path, tensor_bytes(checkpoint)))
+        temporary = stack.enter_context(atomic_file(path))
+        stack.enter_context(sealed(temporary))
+        with worker_errors():  # a data worker's death is a RuntimeError too, raised wherever the program is
             torch.save(checkpoint, temporary)
+        return stack.pop_all().close
+
+
+@contextlib.contextmanager
+def _writing(path, size):
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"cannot write the checkpoint {path} ({_why(error, checkpoint, path)}); free space or choose "
-            "another --output-dir"
+            f"cannot write the checkpoint {path} ({_why(error, size, path)}); free space or choose another "
+            "--output-dir"
         ) from error
 
 
@@ -165,11 +182,9 @@ def load_strictly(model, state_dict, path, may_miss=()):
     model.load_state_dict(state_dict, strict=not may_miss)
 
 
-def _why(error, checkpoint, path):
+def _why(error, size, path):
     """What the system said; torch's zip writer makes a RuntimeError of a full disk, and does not say it."""
-    full = isinstance(error, RuntimeError) and (
-        shutil.disk_usage(Path(path).parent).free < tensor_bytes(checkpoint)
-    )
+    full = isinstance(error, RuntimeError) and shutil.disk_usage(Path(path).parent).free < size
     return os.strerror(errno.ENOSPC) if full else _first_line(error)
 
 

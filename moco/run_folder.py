@@ -2,9 +2,10 @@
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moco.checkpoint import read_checkpoint, save_checkpoint, tensor_bytes
+from moco.checkpoint import begin_saving, read_checkpoint, tensor_bytes
 from moco.errors import UserError
 from moco.memory import in_words
 
@@ -21,13 +22,36 @@ class RunFolder:
 
     def __init__(self, path, keep=1, save_freq=0):
         self.path, self.keep, self.save_freq = Path(path), keep, save_freq
+        self._under_way = None
 
-    def save(self, checkpoint):
-        """Write a dict whose `epoch` and `step` say where the run is, then remove what need not stay."""
+    def save(self, checkpoint, wait=True):
+        """Write a dict whose `epoch` and `step` say where the run is, then remove what need not stay.
+
+        Returns the file's path. Without `wait` the file may appear under it later, until self.wait(), while
+        the run goes on and changes the tensors. Raises UserError when it, or the one before, cannot be
+        written.
+        """
+        self.wait()
         epoch, step = checkpoint["epoch"], checkpoint["step"]
         name = f"checkpoint_{epoch:04d}_{step:06d}" if step else f"checkpoint_{epoch - 1:04d}"
         path = self.path / f"{name}.pth.tar"
-        save_checkpoint(checkpoint, path)
+        finish = begin_saving(checkpoint, path)
+        if wait:
+            self._finish(finish, path)
+        else:
+            thread = ThreadPoolExecutor(1)  # which Python waits for before it ends
+            self._under_way = thread.submit(self._finish, finish, path)
+            thread.shutdown(wait=False)
+        return path
+
+    def wait(self):
+        """Return when no file is being written any more. Raises UserError as save does."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _finish(self, finish, path):
+        finish()
         written = _position(path)
         epochs = [old for old in self.newest_first() if _position(old)[1] == 0 and _position(old) <= written]
         for old in self.newest_first():
@@ -36,7 +60,6 @@ class RunFolder:
             chosen = self.save_freq and _position(old)[0] % self.save_freq == 0
             if _position(old)[1] or (old not in epochs[: self.keep] and not chosen):
                 old.unlink(missing_ok=True)
-        return path
 
     def lacks_room(self, checkpoint, epochs):
         """Why a run's checkpoints, each like this one, find no room on the disk, or None."""

@@ -10,11 +10,6 @@ from forked_program import forked
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000  # CLONE_NEWNS, CLONE_NEWUSER of sched.h
 READ_ONLY, REMOUNT, BIND = 1, 32, 4096  # MS_* of sys/mount.h
 PRIVATE = 1 << 18 | 1 << 14  # with all that is mounted below
-    1,
-    32,
-    4096,
-    1 << 18 | 1 << 14,
-)  # MS_* of sys/mount.h; private with all below
 NOT_PERMITTED = 77  # exit code
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import make_folders
 from PIL import Image
+from test_resume import content_hash
 from torch import nn
 from torchvision.transforms import functional
 
 import main_moco
 from moco import knn, knn_evaluation
-from moco.checkpoint import content_hash
 from moco.data import Loading, image_folder
 from moco.distributed import Process
 from moco.encoders import base_encoder

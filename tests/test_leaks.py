@@ -70,9 +70,9 @@ def long_run(tmp_path, monkeypatch, cli):
         record, steps = Record(), [0]
         make_folders(tmp_path, classes=("ant", "bee"), train=2 * many)
 
-        def look(state, real=main_moco.RunFolder.save, *, folder):
+        def look(folder, state, wait, real=main_moco.RunFolder.save):
             record.look()
-            return real(folder, state)
+            return real(folder, state, wait)
 
         def counted(ranks, real=main_moco.rank_accuracy):
             steps[0] += 1
@@ -83,7 +83,7 @@ def long_run(tmp_path, monkeypatch, cli):
         words += ["-p", "1000", "--output-dir", tmp_path / "out", tmp_path]
         with monkeypatch.context() as patch:
             patch.setattr(main_moco, "rank_accuracy", counted)
-            patch.setattr(main_moco.RunFolder, "save", lambda folder, state: look(state, folder=folder))
+            patch.setattr(main_moco.RunFolder, "save", look)
             code, output, errors = cli(main_moco.main, *words)
         assert (code, errors) == (0, "")
         assert steps[0] == many * EPOCHS and len(record.own) == EPOCHS == len(

@@ -1,4 +1,4 @@
-"""Linear evaluation that is stopped in an epoch, or killed while it saves, goes on exactly."""
+"""Linear evaluation that is killed while it saves goes on exactly."""
 
 import os
 import signal
@@ -64,11 +64,10 @@ def whole(folders, tmp_path_factory):
     return out
 
 
-FAULTS = ("SIGINT", "SIGTERM", "SIGUSR1")
-SECOND_SAVE = 3  # the number of the second epoch's file: the first epoch's are two, as it is the best so far
+SECOND_SAVE = 3  # the number of the second epoch's first file: the first epoch's are two, as it is the best
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "kill -9 in the file", "kill -9 before its name"])
+@pytest.mark.parametrize("fault", ["kill -9 in the file", "kill -9 before its name"])
 def test_it_goes_on_exactly_after_the_last_whole_epoch(folders, tmp_path, cli, whole, fault):
     def tell(number):
         return lambda *_: os.kill(os.getpid(), number)
@@ -79,21 +78,14 @@ def test_it_goes_on_exactly_after_the_last_whole_epoch(folders, tmp_path, cli, w
         os.kill(os.getpid(), signal.SIGKILL)
 
     def prepare():
-        if fault in FAULTS:  # in a step of the second epoch: the first has 3 for training, 2 for validation
-            at_call(main_lincls, "accuracy", 7, tell(signal.Signals[fault]))
-        elif fault == "kill -9 in the file":
+        if fault == "kill -9 in the file":
             at_call(main_lincls.torch, "save", SECOND_SAVE, half)
         else:
             at_call(files.os, "replace", SECOND_SAVE, tell(signal.SIGKILL))
 
     code, said = struck(prepare, folders, tmp_path)
     assert "Epoch: [1][0/3]" in said
-    if fault == "SIGINT":
-        assert code == 130 and said.endswith("\ninterrupted\n")
-        assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
-    else:
-        assert code == -(signal.Signals[fault] if fault in FAULTS else signal.SIGKILL)
-        assert any(".tmp" in name for name in os.listdir(tmp_path)) == (fault not in FAULTS)
+    assert code == -signal.SIGKILL and any(".tmp" in name for name in os.listdir(tmp_path))
     assert torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["epoch"] == 1
     assert not same(tmp_path, whole)  # negative control
 
