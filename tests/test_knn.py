@@ -94,10 +94,10 @@ def test_convolutions_of_small_maps(kernel, stride, padding):
     assert matrices or kernel == 1 or padding == 0
 
 
-def network_of(seed=0):
+def network_of(seed=0, arch=ARCH):
     """An encoder whose BatchNorm has the statistics of some images, so that its features differ."""
     torch.manual_seed(seed)
-    encoder = base_encoder(ARCH)(num_classes=5).train()
+    encoder = base_encoder(arch)(num_classes=5).train()
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -106,10 +106,10 @@ def network_of(seed=0):
     return encoder
 
 
-def evaluation(folder, rank=0, world=1, batch=8, **execution):
+def evaluation(folder, rank=0, world=1, arch=ARCH, **execution):
     process = Process(rank, world, rank, world, world, CPU)
-    made = KnnEvaluation(2, 5, ARCH, process, Execution(CPU, **execution))
-    made.load(folder, image_folder(folder, "train"), Loading(32, "pil", batch, 0), may_skip=True)
+    made = KnnEvaluation(2, 5, arch, process, Execution(CPU, **execution))
+    made.load(folder, image_folder(folder, "train"), Loading(32, "pil", 8, 0), may_skip=True)
     return made
 
 
@@ -185,7 +185,7 @@ def test_factors_of_trifeature_and_an_image_that_cannot_be_read(tmp_path, run_ra
 
 
 def test_nothing_of_the_encoder_changes_and_the_pixels_are_kept(folders):
-    encoder, made = network_of().train(), evaluation(folders)
+    encoder, made = network_of(arch="resnet18"), evaluation(folders, arch="resnet18")
     state, random = content_hash(dict(encoder.state_dict())), torch.get_rng_state()
     assert made(0, encoder) == {} and made(2, encoder) == {} and not made.kept
     first = made(1, encoder)
@@ -200,8 +200,11 @@ def test_nothing_of_the_encoder_changes_and_the_pixels_are_kept(folders):
         for p in encoder.parameters():
             p.mul_(1.1)
     after, _ = made._features(encoder)
-    assert not torch.allclose(before, after, atol=1e-4)  # it reads the weights as they are
-    in_bf16, _ = evaluation(folders, amp="bf16", channels_last=True)._features(encoder)
+    assert not torch.allclose(before, after, atol=1e-4)
+    anew, _ = evaluation(folders, arch="resnet18")._features(encoder)
+    assert torch.equal(after, anew)  # it reads the weights as they are
+    assert sum(convolution.matrix is not None for convolution in made.small) > 2
+    in_bf16, _ = evaluation(folders, arch="resnet18", amp="bf16", channels_last=True)._features(encoder)
     torch.testing.assert_close(in_bf16, after, atol=0.05, rtol=0)
     assert not torch.equal(in_bf16, after)
 
