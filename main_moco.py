@@ -22,7 +22,7 @@ from moco.builder import MoCo
 from moco.checkpoint import continue_from
 from moco.data import image_folder, paths_of
 from moco.distributed import Process, check_agreement, from_first, wrap
-from moco.draws import moco_v1, moco_v2
+from moco.draws import pretraining
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.execution import Execution, execution_of, start_momentum
@@ -31,6 +31,7 @@ from moco.launch import launch
 from moco.meters import StepLog, rank_accuracy
 from moco.pretrain_options import check, notes, parse_args
 from moco.progress import duration
+from moco.random_bits import RandomBits, with_input_channels
 from moco.resume import same_course, start_from
 from moco.run_folder import RunFolder
 from moco.run_settings import check_output, data_folder, fast_line, loading_line, loading_of, settings
@@ -67,6 +68,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     watch: Watch
+    bits: Callable | None = None  # that every image has of its own (--random-bits)
     data: dict | None = None  # images and global batch
     chance: float = math.nan  # loss of a model that tells nothing apart
     output: RunFolder | None = None
@@ -85,7 +87,7 @@ def pretrain(process, args, folder):
 
     # Data: every process loads its part of each global batch.
     images = image_folder(folder, "train")
-    recipe = moco_v2() if args.aug_plus else moco_v1()
+    recipe = pretraining(args.aug_plus, args.crops_only)
     device_aug, loading = loading_of(args, process.device)
     chosen = settings(args, device_aug, loading, execution, seed)
     check_agreement({**chosen, "images": len(images), "checkpoint": str(source)})
@@ -96,12 +98,14 @@ def pretrain(process, args, folder):
     )  # fmt: skip
     finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
+    bits = RandomBits(args.random_bits, seed, batches)
     data = {"images": len(images), "global_batch": batches.global_batch}
 
     # Model: equal on all processes, as torch's generator starts from the run's seed on each.
     torch.manual_seed(seed)
     model = MoCo(
-        base_encoder(args.arch), args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp,
+        with_input_channels(base_encoder(args.arch), args.random_bits),
+        args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp,
         epsilon=args.epsilon, bn_splits=args.bn_splits,
     )  # fmt: skip
     execution.prepare(model.encoder_q, model.encoder_k)
@@ -133,7 +137,7 @@ def pretrain(process, args, folder):
     with Signals() as signals:
         watch = Watch(signals, process)
         run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch)
-        run.data, run.chance, run.output = data, chance, output
+        run.data, run.chance, run.output, run.bits = data, chance, output, bits
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
         train(run, epoch, step, checkpoint.get("log"))
 
@@ -189,7 +193,7 @@ def train_epoch(run, epoch, log):
     model.train()
     step = log.first - 1
     for step, batch in enumerate(log.steps(), log.first):
-        im_q, im_k = run.finish(batch)  # N x 3 x H x W each
+        im_q, im_k = run.bits(run.finish(batch), step)  # N x 3 x H x W each, unless with --random-bits
 
         torch.manual_seed(fold(run.seed, STEP, epoch, step, run.process.rank))  # for dropout
         order = shuffle_order(run.seed, epoch, step, len(im_q) * run.process.world_size)

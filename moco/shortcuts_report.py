@@ -1,0 +1,2 @@
+def write_report(out, kind, results):
+    return f"{len(results)} results"
