@@ -98,7 +98,7 @@ def plain_loss(model, folder, settings, device):
 def features(encoder, images, size, device, bits=0, seed=0, part=0):
     """Pooled features (N, d) of central views, float64 on the CPU, in evaluation mode; `fc` is left out.
 
-    images: an ImageFolder. With `bits` each gets random ones (moco.random_bits), of the run `seed` and `part`.
+    images: an ImageFolder. With `bits` each gets random ones (moco.random_bits), of a `seed` and `part`.
     """
     import torch
     from torch import nn
@@ -207,7 +207,9 @@ def main():
     checkpoint = read_checkpoint(args.pretrained) if args.pretrained else None
     if checkpoint and not {"settings", "log"} <= checkpoint.keys():
         raise UserError(f"{args.pretrained} does not say how it was trained; main_moco.py's checkpoints do")
-    untrained = {name: getattr(args, name) for name in ("arch", "image_size", "moco_dim", "seed", "random_bits")}
+    untrained = {
+        name: getattr(args, name) for name in ("arch", "image_size", "moco_dim", "seed", "random_bits")
+    }
     found = measure(
         args.data, args.factors or factors_of(args.data), device, checkpoint, args.pretrained, **untrained
     )

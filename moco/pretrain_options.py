@@ -30,7 +30,9 @@ def parse_args(arguments=None):
     moco.add_argument("--mlp", action="store_true", help="give the head MoCo v2's hidden layer")
     moco.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation, with blur")
     moco.add_argument(
-        "--crops-only", action="store_true", help="crops and flips alone, for data whose colours are to be learned"
+        "--crops-only",
+        action="store_true",
+        help="crops and flips alone, for data whose colours are to be learned",
     )
     moco.add_argument("--cos", action="store_true", help="cosine learning rate instead of --schedule")
     moco.add_argument(
@@ -84,9 +86,7 @@ def check(args):
             if not 0 <= getattr(args, name) < math.inf:
                 raise UserError(f"--{name} must be 0 or more, not {getattr(args, name)}")
     if args.crops_only and args.aug_plus:
-        raise UserError(
-            "--crops-only is a recipe of its own and leaves out the colours of --aug-plus; give one of the two"
-        )
+        raise UserError("--crops-only is a recipe without the operations of --aug-plus; give one of the two")
     if not 0 <= args.random_bits <= MOST:
         raise UserError(f"--random-bits must be between 0 and {MOST}, not {args.random_bits}")
     if not 0 <= args.moco_m <= 1:

@@ -1,4 +1,4 @@
-"""Random bits as a shortcut that can be turned up: RandBit (Chen, Luo & Li 2021, arXiv 2011.02803, section 4).
+"""Random bits, a shortcut that can be turned up: RandBit (Chen, Luo & Li 2021, arXiv 2011.02803, section 4).
 
 Every image gets B bits of its own, each a constant channel of zeros or ones beside the picture's three, the
 same in both views whatever else is done to them. So an encoder can tell 2^B groups of images apart without
@@ -19,7 +19,7 @@ TRAIN, HELD_OUT = range(2)  # the two parts of a data set, whose images number a
 
 
 def bits_of(seed, part, indices, bits):
-    """float32 (N, bits) of 0 and 1: those of the images `indices` in a part of the data, TRAIN or HELD_OUT."""
+    """float32 (N, bits) of 0 and 1: those of the images `indices` of a part, TRAIN or HELD_OUT."""
     numbers = torch.tensor([fold(seed, BITS, part, index) for index in indices], dtype=torch.int64)
     return (numbers[:, None] >> torch.arange(bits)).bitwise_and(1).float()
 

@@ -16,7 +16,7 @@ from moco.cores import available_cores
 from moco.errors import UserError, run_program
 from moco.measure import factors_of
 from moco.shortcuts_report import write_report
-from moco.sweep import Job, add_result, locked, read_results, run_jobs, settle
+from moco.sweep import Job, locked, read_results, run_jobs, settle
 
 RECIPES = {"v2": "--aug-plus", "crops": "--crops-only"}
 PER_GPU = 6  # runs side by side on one
@@ -25,8 +25,8 @@ PER_GPU = 6  # runs side by side on one
 def parse_args():
     parser = argparse.ArgumentParser(
         prog="python -m moco.shortcuts",
-        description="Pre-train small encoders by main_moco.py with and without IFM, and measure what a linear "
-        "classifier reads from them.",
+        description="Pre-train small encoders by main_moco.py with and without IFM, and measure what a "
+        "linear classifier reads from them.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="EXPERIMENT")
     for kind, text in (
@@ -64,10 +64,12 @@ def _add_fixed(parser, kind):
         ("-b --batch-size", 64, "N"), ("--lr", 0.03, "LR"), ("--moco-k", 1024, "K"), ("--moco-m", 0.99, "M"),
         ("--bn-splits", 8, "G"), ("--alpha", 1.0, "A"),
     ):  # fmt: skip
-        add(*flag.split(), type=type(default), default=default, metavar=metavar, help="(default: %(default)s)")
+        add(
+            *flag.split(), type=type(default), default=default, metavar=metavar, help="(default: %(default)s)"
+        )
     add("--method", choices=("ifm", "ifm_only"), default="ifm", help="(default: %(default)s)")
     add("--renders", type=int, default=4, metavar="N",
-        help="images of each of Trifeature's 1000 combinations, 800 to train on (default: %(default)s)")  # fmt: skip
+        help="images of each of Trifeature's combinations, 800 to train on (default: %(default)s)")  # fmt: skip
     if kind == "randbit":
         add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT)")
     add("--factors", nargs="*", metavar="NAME",
@@ -76,7 +78,9 @@ def _add_fixed(parser, kind):
 
 def _add_running(parser):
     add = parser.add_argument_group("running").add_argument
-    add("--out", required=True, metavar="DIR", help="folder of the sweep: results.jsonl, table.md, figure.png")
+    add(
+        "--out", required=True, metavar="DIR", help="folder of the sweep: results.jsonl, table.md, figure.png"
+    )
     add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
     add("--jobs", type=int, metavar="N",
         help=f"runs side by side (default: one per core, {PER_GPU} on a GPU)")  # fmt: skip
@@ -175,7 +179,7 @@ def _check_runs(args, runs, data):
 
 def _settings(args):
     """What must not change within a sweep."""
-    apart = "bits epsilon moco_t seeds recipe out jobs keep_checkpoints".split()
+    apart = ("bits", "epsilon", "moco_t", "seeds", "recipe", "out", "jobs", "keep_checkpoints")
     return {name: value for name, value in vars(args).items() if name not in apart}
 
 
@@ -210,7 +214,9 @@ def _pretraining(args, run, data, folder):
         words += _flags(method=args.method, epsilon=run["epsilon"])
         words += _flags(alpha=args.alpha) if args.method == "ifm" else []
     # Where the pixels are kept; neither changes what a view is drawn as.
-    return words + (["--cache", "device", "--device-aug", "exact"] if args.device == "cuda" else ["--cache", "decoded"])
+    return words + (
+        ["--cache", "device", "--device-aug", "exact"] if args.device == "cuda" else ["--cache", "decoded"]
+    )
 
 
 def _flags(*words, **values):

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -51,8 +50,8 @@ def settle(out, settings):
         for name in sorted(before.keys() | settings.keys()):
             if before.get(name) != settings.get(name):
                 raise UserError(
-                    f"{out} holds a sweep with {name} {before.get(name)}, not {settings.get(name)}: give it the "
-                    "same settings, or choose another --out"
+                    f"{out} holds a sweep with {name} {before.get(name)}, not {settings.get(name)}: give it "
+                    "the same settings, or choose another --out"
                 )
         return
     if Path(out).is_dir() and any(name != LOCK for name in os.listdir(out)):
@@ -148,7 +147,7 @@ def _begin(job, environment, lock):
 
 def _after(out, job, stopping, keep):
     """What follows from the end of a job's command: (a sentence if it failed, whether the job is over)."""
-    code, (what, words) = job.process.returncode, job.commands.pop(0)
+    code, (what, _) = job.process.returncode, job.commands.pop(0)
     job.seconds[what] = job.seconds.get(what, 0.0) + round(time.monotonic() - job.began, 1)
     with atomic_file(job.folder / "seconds.json") as temporary:
         temporary.write_text(json.dumps(job.seconds))
@@ -175,8 +174,3 @@ def _record(out, job, found, keep):
 
 def _read_json(path):
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def remove_run(folder):
-    """Take away what is left of a run that is to begin anew."""
-    shutil.rmtree(folder, ignore_errors=True)
