@@ -21,7 +21,7 @@ from moco.builder import MoCo
 from moco.checkpoint import continue_from, trained_state
 from moco.data import image_folder, paths_of
 from moco.distributed import Process, check_agreement, from_first, wrap
-from moco.draws import moco_v1, moco_v2
+from moco.draws import pretraining
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.execution import Execution, execution_of, start_momentum
@@ -32,6 +32,7 @@ from moco.launch import launch
 from moco.memory import peak_megabytes
 from moco.meters import StepLog, epoch_line, rank_accuracy
 from moco.pretrain_options import check, notes, parse_args
+from moco.random_bits import RandomBits, with_input_channels
 from moco.resume import same_course, start_from
 from moco.run_folder import RunFolder
 from moco.run_log import RunLog, start_log
@@ -69,6 +70,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     watch: Watch
+    bits: RandomBits = RandomBits(0)
     data: dict | None = None  # images and global batch
     chance: float | None = None  # loss of a model that tells nothing apart
     output: RunFolder | None = None
@@ -89,7 +91,7 @@ def pretrain(process, args, folder):
 
     # Data: every process loads its part of each global batch.
     images = image_folder(folder, "train")
-    recipe = moco_v2() if args.aug_plus else moco_v1()
+    recipe = pretraining(args.aug_plus, args.crops_only)
     device_aug, loading = loading_of(args, process.device)
     chosen = settings(args, device_aug, loading, execution, seed)
     check_agreement({**chosen, "images": len(images), "checkpoint": str(source)})
@@ -100,6 +102,7 @@ def pretrain(process, args, folder):
     )  # fmt: skip
     finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
+    bits = RandomBits(args.random_bits, seed, batches)
     data = {"images": len(images), "global_batch": batches.global_batch}
     knn = KnnEvaluation(args.knn, args.epochs, args.arch, process, execution)
     knn.load(folder, images, loading, may_skip=args.on_bad_image == "skip")
@@ -107,7 +110,8 @@ def pretrain(process, args, folder):
     # Model: equal on all processes, as torch's generator starts from the run's seed on each.
     torch.manual_seed(seed)
     model = MoCo(
-        base_encoder(args.arch), args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp,
+        with_input_channels(base_encoder(args.arch), args.random_bits),
+        args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp,
         epsilon=args.epsilon, bn_splits=args.bn_splits,
     )  # fmt: skip
     execution.prepare(model.encoder_q, model.encoder_k)
@@ -145,6 +149,7 @@ def pretrain(process, args, folder):
         watch = Watch(signals, process)
         run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch)
         run.data, run.chance, run.output, run.record, run.knn = data, chance, output, record, knn
+        run.bits = bits
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
         train(run, epoch, step, checkpoint.get("log"))
 
@@ -206,7 +211,7 @@ def train_epoch(run, epoch, log):
     model.train()
     step = log.first - 1
     for step, batch in enumerate(log.steps(), log.first):
-        im_q, im_k = run.finish(batch)  # N x 3 x H x W each
+        im_q, im_k = run.bits(run.finish(batch), step)  # N x 3 x H x W each, unless with --random-bits
 
         torch.manual_seed(fold(run.seed, STEP, epoch, step, run.process.rank))  # for dropout
         order = shuffle_order(run.seed, epoch, step, len(im_q) * run.process.world_size)

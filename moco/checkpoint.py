@@ -112,6 +112,11 @@ def encoder_state(checkpoint, path):
     query encoder is taken) or of linear evaluation. Raises UserError when it holds neither.
     """
     state = checkpoint["state_dict"]
+    if checkpoint.get("settings", {}).get("random_bits"):
+        raise UserError(
+            f"{path} is of a run with --random-bits, whose encoder takes more than the three channels of an "
+            "image; python -m moco.shortcuts randbit measures such encoders"
+        )
     query = {name.removeprefix("encoder_q."): t for name, t in state.items() if name.startswith("encoder_q.")}
     backbone = {name: t for name, t in (query or state).items() if not name.startswith("fc.")}
     if not backbone:

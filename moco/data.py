@@ -83,10 +83,14 @@ class EpochBatches:
         return self.images // self.global_batch
 
     def __iter__(self):
+        for part in self.indices()[self.first :]:
+            yield [(self.epoch, int(index)) for index in part]
+
+    def indices(self):
+        """The images of each of this process's batches in the epoch: (batches, N) int64, `first` or not."""
         order = np.random.default_rng(fold(self.seed, ORDER, self.epoch)).permutation(self.images)
         parts = order[: len(self) * self.global_batch].reshape(len(self), self.world_size, -1)
-        for part in parts[self.first :, self.rank]:
-            yield [(self.epoch, int(index)) for index in part]
+        return parts[:, self.rank]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,18 @@ def moco_v2():
     return Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5)
 
 
+def crops():
+    """Crops and flips alone (`--crops-only`), which leave an image its colours."""
+    return Recipe(scale=(0.2, 1.0))
+
+
+def pretraining(aug_plus=False, crops_only=False):
+    """The recipe of pre-training that the flags --aug-plus and --crops-only ask for."""
+    if crops_only:
+        return crops()
+    return moco_v2() if aug_plus else moco_v1()
+
+
 def linear_train():
     """What linear classifiers are trained on: a crop and a flip."""
     return Recipe(scale=(0.08, 1.0))

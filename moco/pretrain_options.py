@@ -5,10 +5,12 @@ import math
 from moco import losses
 from moco.errors import UserError
 from moco.options import check_shared, shared_parser
+from moco.random_bits import MOST
 from moco.run_log import summary_writer
 
 
-def parse_args():
+def parse_args(arguments=None):
+    """The flags, of `arguments` (default: of the command line)."""
     parser = shared_parser(
         "Pre-train an encoder without labels by momentum contrast, with or without IFM.",
         epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4,
@@ -28,6 +30,11 @@ def parse_args():
     )
     moco.add_argument("--mlp", action="store_true", help="give the head MoCo v2's hidden layer")
     moco.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation, with blur")
+    moco.add_argument(
+        "--crops-only",
+        action="store_true",
+        help="crops and flips alone, for data whose colours are to be learned",
+    )
     moco.add_argument("--cos", action="store_true", help="cosine learning rate instead of --schedule")
     moco.add_argument(
         "--bn-splits", type=int, default=1, metavar="G",
@@ -41,6 +48,11 @@ def parse_args():
     )
     ifm.add_argument("--epsilon", type=float, metavar="E", help="step of the perturbation (default: 0.1)")
     ifm.add_argument("--alpha", type=float, metavar="A", help="weight of the perturbed loss (default: 1.0)")
+    experiments = parser.add_argument_group("experiments")
+    experiments.add_argument(
+        "--random-bits", type=int, default=0, metavar="B",
+        help="give every image B random bits of its own as channels that its views share (default: none)",
+    )  # fmt: skip
     keeping = parser.add_argument_group("checkpoints")
     keeping.add_argument(
         "--keep",
@@ -67,7 +79,7 @@ def parse_args():
         action="store_true",
         help="write the log for TensorBoard too (pip install tensorboard)",
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def check(args):
@@ -85,6 +97,12 @@ def check(args):
         for name in ("epsilon", "alpha"):
             if not 0 <= getattr(args, name) < math.inf:
                 raise UserError(f"--{name} must be 0 or more, not {getattr(args, name)}")
+    if args.crops_only and args.aug_plus:
+        raise UserError("--crops-only is a recipe without the operations of --aug-plus; give one of the two")
+    if not 0 <= args.random_bits <= MOST:
+        raise UserError(f"--random-bits must be between 0 and {MOST}, not {args.random_bits}")
+    if args.random_bits and args.knn:
+        raise UserError("--knn looks at pictures alone, without --random-bits; leave one of them out")
     if not 0 <= args.moco_m <= 1:
         raise UserError(f"--moco-m must be between 0 and 1, not {args.moco_m}")
     if not 0 < args.moco_t < math.inf:

@@ -1,0 +1,227 @@
+"""What an encoder is worth: linear readouts of its frozen features, and the plain InfoNCE loss it reached.
+
+python -m moco.measure DATA OUT.json --pretrained checkpoint_0011.pth.tar
+python -m moco.measure DATA OUT.json --untrained -a resnet18 --image-size 32 --seed 0
+"""
+
+import argparse
+import json
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+from moco import trifeature
+from moco.errors import UserError, run_program
+from moco.files import atomic_file
+
+AS_FOLDERS = "class"  # the readout of a data set that is no Trifeature
+
+
+def factors_of(folder):
+    """What can be read of the images in `folder`: Trifeature's factors, or the class."""
+    return list(trifeature.FACTORS) if (Path(folder) / trifeature.SETTINGS).is_file() else [AS_FOLDERS]
+
+
+def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
+    """A dict of the `readout` of each factor (moco.readout.Readout's fields) and, of a checkpoint, `losses`.
+
+    checkpoint: what read_checkpoint gave for `path`, of main_moco.py in one process; without one the encoder
+    is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
+    Everything is a function of these, the number of threads and the machine.
+    """
+    import torch
+
+    settings = checkpoint["settings"] if checkpoint else untrained
+    model = _model(checkpoint, path, settings)
+    model.to(device)
+    encoder = model.encoder_q if checkpoint else model
+    result = {"readout": _readouts(folder, factors, encoder, settings, device)}
+    if checkpoint:
+        log = checkpoint["log"]
+        means = {name: float(total) / count for name, (total, count) in log.items()}
+        loss, accuracy = plain_loss(model, folder, settings, device)
+        result["losses"] = {
+            "training": means["Loss"],
+            "training_acc1": means["Acc@1"],
+            "info_nce": loss,
+            "info_nce_acc1": accuracy,
+        }
+    result["versions"] = _versions(torch)
+    return result
+
+
+def plain_loss(model, folder, settings, device):
+    """InfoNCE and its accuracy in percent over an epoch of training pairs that changes no weight.
+
+    It is the epoch that would come next, with the views that it would have, in the run's own arrangement
+    (shuffled BatchNorm over groups, a queue that moves on), at a learning rate of 0 and a key momentum of 1:
+    so it means the same for every epsilon, whose own training loss has the perturbation in it. BatchNorm's
+    running statistics and the queue of `model` (a MoCo) change.
+    """
+    import torch
+
+    from moco.data import Loading, image_folder
+    from moco.distributed import Process
+    from moco.draws import pretraining
+    from moco.finish import finisher
+    from moco.meters import Meter, rank_accuracy
+    from moco.random_bits import RandomBits
+    from moco.seeds import STEP, fold, shuffle_order
+
+    recipe = pretraining(settings["aug_plus"], settings.get("crops_only", False))
+    cache = "device" if settings["resize"] == "device" else None
+    resize = "torch" if cache else settings["resize"]
+    loading = Loading(settings["image_size"], resize, settings["batch_size"], 0, None, cache)
+    process = Process(0, 1, 0, 1, 1, device)
+    aug, seed, epoch = settings["device_aug"], settings["seed"], settings["epochs"]
+    loader = loading.training(
+        image_folder(folder, "train"), recipe, process, seed,
+        photometric=aug == "off", bn_splits=settings["bn_splits"],
+    )  # fmt: skip
+    finish, _ = finisher(aug, recipe, device)
+    loader.batch_sampler.epoch = epoch
+    bits = RandomBits(settings.get("random_bits", 0), seed, loader.batch_sampler)
+    model.train()
+    model.m = 1.0
+    loss_meter, top1 = Meter("Loss", ".4f"), Meter("Acc@1", ".2f")
+    for step, batch in enumerate(loader):
+        im_q, im_k = bits(finish(batch), step)
+        torch.manual_seed(fold(seed, STEP, epoch, step, 0))
+        with torch.no_grad():
+            order = shuffle_order(seed, epoch, step, len(im_q))
+            loss, ranks = model(im_q, im_k, weights=(1.0, 0.0), order=order)
+        loss_meter.update(loss, len(ranks))
+        top1.update(rank_accuracy(ranks)[0], len(ranks))
+    return loss_meter.mean, top1.mean
+
+
+def features(encoder, images, size, device, bits=0, seed=0, part=0):
+    """Pooled features (N, d) of central views, float64 on the CPU, in evaluation mode; `fc` is left out.
+
+    images: an ImageFolder. With `bits` each gets random ones (moco.random_bits), of a `seed` and `part`.
+    """
+    import torch
+    from torch import nn
+
+    from moco.data import Loading
+    from moco.distributed import Process
+    from moco.random_bits import bits_of, with_channels
+    from moco.views import normalise
+
+    head, encoder.fc = encoder.fc, nn.Identity()
+    encoder.eval()
+    parts, done = [], 0
+    with torch.no_grad():
+        for batch in Loading(size, "pil", 256, 0).validation(images, Process(0, 1, 0, 1, 1, device)):
+            views = normalise(batch.pixels[0])
+            indices = range(done, done + len(views))
+            if bits:
+                views = with_channels(views, bits_of(seed, part, indices, bits).to(device))
+            parts.append(encoder(views).double().cpu())
+            done = indices.stop
+    encoder.fc = head
+    return torch.cat(parts)
+
+
+def _model(checkpoint, path, settings):
+    """The MoCo of a checkpoint, or an untrained encoder, on the CPU."""
+    import torch
+
+    from moco.builder import MoCo
+    from moco.checkpoint import load_strictly
+    from moco.encoders import base_encoder
+    from moco.random_bits import with_input_channels
+
+    arch = checkpoint["arch"] if checkpoint else settings["arch"]
+    construct = with_input_channels(base_encoder(arch), settings.get("random_bits", 0))
+    torch.manual_seed(settings["seed"])
+    if not checkpoint:
+        return construct(num_classes=settings["moco_dim"])  # torchvision draws convolutions after the head
+    names = ("moco_dim", "moco_k", "moco_m", "moco_t", "mlp")
+    model = MoCo(construct, *(settings[name] for name in names), bn_splits=settings["bn_splits"])
+    load_strictly(model, checkpoint["state_dict"], path)
+    return model
+
+
+def _readouts(folder, factors, encoder, settings, device):
+    import torch
+
+    from moco.data import labelled_folders
+    from moco.random_bits import HELD_OUT, TRAIN
+    from moco.readout import read_out
+
+    given = settings["image_size"], device, settings.get("random_bits", 0), settings["seed"]
+    readouts, known = {}, None
+    for factor in factors:
+        factor_name = None if factor == AS_FOLDERS else factor
+        train, val, classes = labelled_folders(folder, factor_name)
+        if known is None:
+            known = features(encoder, train, *given, TRAIN), features(encoder, val, *given, HELD_OUT)
+        label = train.target_transform or int
+        targets, held_out = (torch.tensor([label(t) for t in part.targets]) for part in (train, val))
+        # Renders of a combination stay together; of one class all images would, so there each is its own.
+        groups = torch.tensor(train.targets) if factor_name else torch.arange(len(targets))
+        readout = read_out(known[0], targets, groups, known[1], held_out, classes)
+        readouts[factor] = asdict(readout) | {"chance": 100 / classes}
+    return readouts
+
+
+def _versions(torch):
+    import platform
+
+    import numpy
+    import PIL
+    import torchvision
+
+    modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "pillow": PIL}
+    return {"python": platform.python_version()} | {n: m.__version__ for n, m in modules.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m moco.measure",
+        description="Read the classes of images, or Trifeature's factors, from frozen features by a linear "
+        "classifier, and write the result as JSON; of a checkpoint of main_moco.py with its InfoNCE loss.",
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", help="folder with train/ and val/")
+    add("out", metavar="OUT.json", help="file to write")
+    add("--pretrained", metavar="CKPT", help="checkpoint of main_moco.py")
+    add("--untrained", action="store_true", help="instead: what a run starts from, by the flags below")
+    add("-a", "--arch", default="resnet18", help="(default: %(default)s)")
+    add("--image-size", type=int, default=32, metavar="S", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    add("--moco-dim", type=int, default=128, metavar="C", help="(default: %(default)s)")
+    add("--random-bits", type=int, default=0, metavar="B", help="(default: %(default)s)")
+    add("--factors", nargs="+", metavar="NAME", help="of Trifeature, or class (default: all there are)")
+    args = parser.parse_args()
+    if bool(args.pretrained) == args.untrained:
+        raise UserError("give either --pretrained CKPT or --untrained")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, too
+
+    import torch
+
+    from moco.checkpoint import read_checkpoint
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = read_checkpoint(args.pretrained) if args.pretrained else None
+    if checkpoint and not {"settings", "log"} <= checkpoint.keys():
+        raise UserError(f"{args.pretrained} does not say how it was trained; main_moco.py's checkpoints do")
+    untrained = {
+        name: getattr(args, name) for name in ("arch", "image_size", "moco_dim", "seed", "random_bits")
+    }
+    found = measure(
+        args.data, args.factors or factors_of(args.data), device, checkpoint, args.pretrained, **untrained
+    )
+    for factor, readout in found["readout"].items():
+        note = "" if readout["converged"] else "; NOT converged"
+        print(f"{factor}: {readout['accuracy']:.2f} % (chance {readout['chance']:.2f}), weight decay "
+              f"{readout['weight_decay']:g}{note}")  # fmt: skip
+    if "losses" in found:
+        print(f"InfoNCE {found['losses']['info_nce']:.4f}, {found['losses']['info_nce_acc1']:.2f} % first")
+    with atomic_file(args.out) as temporary:
+        temporary.write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main)

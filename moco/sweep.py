@@ -1,0 +1,176 @@
+"""Many small runs of main_moco.py side by side: started, measured, recorded, stopped and continued.
+
+A run is a dict of what differs between runs; its name is that of its folder in OUT/runs. Finished runs are
+lines of OUT/results.jsonl, and what they have in common is in OUT/sweep.json.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moco.errors import UserError
+from moco.files import atomic_file
+from moco.progress import duration
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS, RESULTS, LOCK, LOG = "sweep.json", "results.jsonl", ".lock", "log.txt"
+DIVERGED = "became nan or infinite"  # of the sentence by which main_moco.py ends then
+
+
+@dataclass
+class Job:
+    """One run: what identifies it, and the commands that are left of it, each (what it is, words)."""
+
+    run: dict
+    commands: list
+    folder: Path
+    process: subprocess.Popen | None = None
+    began: float = 0.0
+    seconds: dict = field(default_factory=dict)
+
+    @property
+    def name(self):
+        return self.folder.name
+
+
+def settle(out, settings):
+    """Make the folder `out` of a sweep, or check that the sweep in it has the same settings. UserError."""
+    path = Path(out) / SETTINGS
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read ({error}); choose another --out") from error
+        for name in sorted(before.keys() | settings.keys()):
+            if before.get(name) != settings.get(name):
+                raise UserError(
+                    f"{out} holds a sweep with {name} {before.get(name)}, not {settings.get(name)}: give it "
+                    "the same settings, or choose another --out"
+                )
+        return
+    if Path(out).is_dir() and any(name != LOCK for name in os.listdir(out)):
+        raise UserError(f"{out} is not empty and holds no sweep (no {SETTINGS}); choose another --out")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Keep other sweeps out of the folder `out`, made if missing, and give a file that children inherit.
+
+    The lock ends with the last process that has the file, so also when runs outlive a killed sweep. Raises
+    UserError when it is taken.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out) / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out} ({error.strerror}); choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"a sweep is at work in {out}; wait for it, or stop it") from error
+        yield lock
+
+
+def read_results(out):
+    """The finished runs of a sweep, dicts in the order of their end."""
+    path = Path(out) / RESULTS
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove the line, and its run is repeated") from error
+
+
+def add_result(out, result):
+    """Append one line; the file is replaced as a whole, so it never ends in the middle of one."""
+    results = [*read_results(out), result]
+    with atomic_file(Path(out) / RESULTS) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in results))
+
+
+def run_jobs(out, jobs, side_by_side, environment, lock, signals, keep=False):
+    """Carry out Jobs, so many side by side, and record each. Returns sentences on those that failed.
+
+    environment: variables of the children; signals: a moco.watch.Signals, by which all stops: whoever asks
+    `signals.name` afterwards knows. keep: whether checkpoints stay after they were measured.
+    """
+    waiting, active, failures = list(jobs), [], []
+    total, start = len(waiting), time.monotonic()
+    told = False
+    while waiting or active:
+        if signals.name and not told:
+            told = True
+            waiting.clear()
+            for job in active:
+                job.process.terminate()
+        while waiting and len(active) < side_by_side:
+            active.append(waiting.pop(0))
+            _begin(active[-1], environment, lock)
+        time.sleep(0.1)
+        for job in [job for job in active if job.process.poll() is not None]:
+            failure, ended = _after(out, job, told or signals.name, keep)
+            if failure:
+                failures.append(failure)
+                print(failure, flush=True)
+            if ended:
+                active.remove(job)
+                left = len(waiting) + len(active)
+                if not (told or failure):
+                    seconds = (time.monotonic() - start) / (total - left) * left
+                    print(f"{job.name}: done, {left} left, about {duration(seconds)}", flush=True)
+            else:
+                _begin(job, environment, lock)
+    return failures
+
+
+def _begin(job, environment, lock):
+    """Start the next command of a job; what it prints goes to the run's log."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    job.seconds = job.seconds or _read_json(job.folder / "seconds.json")
+    with open(job.folder / LOG, "a") as log:
+        job.process = subprocess.Popen(
+            [sys.executable, *job.commands[0][1]], cwd=ROOT, env=environment, pass_fds=[lock.fileno()],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    job.began = time.monotonic()
+
+
+def _after(out, job, stopping, keep):
+    """What follows from the end of a job's command: (a sentence if it failed, whether the job is over)."""
+    code, (what, _) = job.process.returncode, job.commands.pop(0)
+    job.seconds[what] = job.seconds.get(what, 0.0) + round(time.monotonic() - job.began, 1)
+    with atomic_file(job.folder / "seconds.json") as temporary:
+        temporary.write_text(json.dumps(job.seconds))
+    if code:
+        lines = (job.folder / LOG).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        if DIVERGED in lines[-1]:
+            _record(out, job, {"diverged": True, "reason": lines[-1].split("error: ")[-1]}, keep)
+            return None, True
+        if stopping:
+            return None, True
+        return f"error: {job.name} ended with {code}: {lines[-1]} (see {job.folder / LOG})", True
+    if job.commands:
+        return None, bool(stopping)
+    _record(out, job, json.loads((job.folder / "measured.json").read_text()), keep)
+    return None, True
+
+
+def _record(out, job, found, keep):
+    add_result(out, {"name": job.name, **job.run, "seconds": job.seconds, **found})
+    if not keep:
+        for path in job.folder.glob("checkpoint_*"):
+            path.unlink()
+
+
+def _read_json(path):
+    return json.loads(path.read_text()) if path.is_file() else {}
