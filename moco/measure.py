@@ -89,7 +89,7 @@ def plain_loss(model, folder, settings, device):
         torch.manual_seed(fold(seed, STEP, epoch, step, 0))
         with torch.no_grad():
             order = shuffle_order(seed, epoch, step, len(im_q))
-            loss, ranks = model(im_q, im_k, weights=(1.0, 0.0), order=order)
+            loss, ranks, *_ = model(im_q, im_k, weights=(1.0, 0.0), order=order)
         loss_meter.update(loss, len(ranks))
         top1.update(rank_accuracy(ranks)[0], len(ranks))
     return loss_meter.mean, top1.mean
@@ -157,13 +157,18 @@ def _readouts(folder, factors, encoder, settings, device):
         train, val, classes = labelled_folders(folder, factor_name)
         if known is None:
             known = features(encoder, train, *given, TRAIN), features(encoder, val, *given, HELD_OUT)
-        label = train.target_transform or int
-        targets, held_out = (torch.tensor([label(t) for t in part.targets]) for part in (train, val))
+        targets, held_out = map(_labels, (train, val))  # each numbers its combinations by itself
         # Renders of a combination stay together; of one class all images would, so there each is its own.
         groups = torch.tensor(train.targets) if factor_name else torch.arange(len(targets))
         readout = read_out(known[0], targets, groups, known[1], held_out, classes)
         readouts[factor] = asdict(readout) | {"chance": 100 / classes}
     return readouts
+
+
+def _labels(images):
+    import torch
+
+    return torch.tensor([(images.target_transform or int)(target) for target in images.targets])
 
 
 def _versions(torch):

@@ -69,7 +69,7 @@ def _add_fixed(parser, kind):
         )
     add("--method", choices=("ifm", "ifm_only"), default="ifm", help="(default: %(default)s)")
     add("--renders", type=int, default=4, metavar="N",
-        help="images of each of Trifeature's combinations, 800 to train on (default: %(default)s)")  # fmt: skip
+        help="images of each of Trifeature's combinations (default: %(default)s)")  # fmt: skip
     if kind == "randbit":
         add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT)")
     add("--factors", nargs="*", metavar="NAME",
