@@ -67,8 +67,8 @@ def table(results):
     columns = [*factors_in(results), WORST]
     lines = [
         "Linear readout in percent of held-out images, mean over seeds ± half of the 95 % t interval;",
-        "worst: the factor that a run reads worst. InfoNCE: the plain loss over an epoch of training pairs at "
-        "the end.",
+        "worst: the factor that a run reads worst. InfoNCE: the plain loss over an epoch of training",
+        "pairs at the end.",
         "",
         *_head([TITLES[name] for name in names] + ["seeds", "InfoNCE", *columns]),
         *_plain_rows(results, names, columns),
