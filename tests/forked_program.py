@@ -40,8 +40,11 @@ def forked(main, outputs=(2,)):
         except BaseException:
             traceback.print_exc()
         finally:
-            atexit._run_exitfuncs()
-            os._exit(code)
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would let this fork go on as a test
+                atexit._run_exitfuncs()
+            finally:
+                os._exit(code)
     os.close(write)
     return pid, os.fdopen(read)
 

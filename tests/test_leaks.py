@@ -24,21 +24,25 @@ def held(pid):
     proc = Path(f"/proc/{pid}")
     _, resident, shared = map(int, (proc / "statm").read_text().split()[:3])
     threads = os.listdir(proc / "task")
-    children = (proc / "task" / str(pid) / "children").read_text().split()
-    return (resident - shared) * PAGE, len(os.listdir(proc / "fd")), len(threads), len(children)
+    return (resident - shared) * PAGE, len(os.listdir(proc / "fd")), len(threads), len(children(pid))
+
+
+def children(pid):
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
 class Record:
     """What this process and its workers held after each epoch."""
 
     def __init__(self):
+        self.before = children(os.getpid())  # such as a tracker of other tests' memory
         self.own, self.workers, self.shared = [], [], []
 
     def look(self):
         pid = os.getpid()
         self.own.append(held(pid))
-        children = (Path(f"/proc/{pid}/task/{pid}/children")).read_text().split()
-        self.workers.append([held(child) for child in sorted(children, key=int)])
+        workers = children(pid) - self.before
+        self.workers.append([held(worker) for worker in sorted(workers, key=int)])
         self.shared.append(len(os.listdir("/dev/shm")))
 
     def grown(self):
