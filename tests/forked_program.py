@@ -41,7 +41,7 @@ def forked(main, outputs=(2,)):
             traceback.print_exc()
         finally:
             try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would let this fork go on as a test
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # else a second one could make this fork go on
                 atexit._run_exitfuncs()
             finally:
                 os._exit(code)
