@@ -22,7 +22,7 @@ def fsync_path(path):
 def check_free(path, force):
     """Raise UserError unless a file can appear at `path`, with `force` also in place of one that is there."""
     path = Path(path)
-    if not os.path.isdir(path.parent):
+    if not os.path.isdir(path.parent):  # unlike Path.is_dir, it answers also for too long a name
         raise UserError(f"the folder {path.parent} does not exist: make it or name another")
     if os.path.isdir(path) or (os.path.lexists(path) and not force):
         raise UserError(f"{path} exists already: name another file, or replace it with --force")

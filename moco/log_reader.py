@@ -97,13 +97,13 @@ def run_names(paths):
 
 
 def _log_file(path):
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / NAME).is_file():
             return path / NAME
         below = sorted(other.parent.name for other in path.glob(f"*/{NAME}"))
         hint = f"name a run in it, such as {path / below[0]}" if below else "is it the --output-dir of a run?"
         raise UserError(f"the folder {path} has no {NAME}; {hint}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it answers also for too long a name
         raise UserError(f"there is no run folder and no log {path}")
     return path
 

@@ -147,6 +147,8 @@ def test_the_program_writes_the_picture_and_leaves_matplotlib_as_it_was(tmp_path
         ("run", "o.jpeg2", "must end in .png or another format that matplotlib writes: avif.* png"),
         ("run", "o", "must end in .png"),
         ("run", "o.pgf", "must end in .png"),
+        ("x" * 300, "o.png", "there is no run folder and no log"),
+        ("run", "x" * 300 + ".png", "cannot write .*File name too long"),
         ("run", "no/o.png", "the folder .*no does not exist"),
         ("run", "folder.png", "folder.png exists already"),
     ],
