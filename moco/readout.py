@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from moco.errors import UserError
+
 WEIGHT_DECAYS = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3)  # the first that reads best is taken
 CHOOSING = 5  # one group in so many of the training part is held back to choose by
-TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: the objective is then within
-# TOLERANCE^2 / (2 * weight decay), 2e-8 or less, of its minimum
+TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: with these biases no weights
+# give an objective lower by more than TOLERANCE^2 / (2 * weight decay), 2e-8 or less
 MOST_STEPS = 1000
 
 
@@ -50,6 +52,7 @@ def read_out(features, targets, groups, held_out, held_out_targets, classes):
 
     groups (N,) int64: samples of one group, such as the renders of one combination, are on the same side when
     the weight decay is chosen. Features are standardised by the mean and deviation of the training part.
+    Raises UserError when there are fewer than two groups.
     """
     features, held_out = standardised(features, held_out)
     choosing = _choosing(groups)
@@ -77,7 +80,8 @@ def standardised(features, held_out):
 def fit(features, targets, classes, weight_decay):
     """Minimise mean cross-entropy + weight_decay / 2 * |W|^2 over features (N, d) float64: a Fit.
 
-    The bias is free. L-BFGS with a strong Wolfe search; whether it converged is the Fit's to say.
+    weight_decay is above 0; the bias is free. L-BFGS with a strong Wolfe search; whether it converged is
+    the Fit's to say.
     """
     return _Whitened(features).fit(targets, classes, weight_decay)
 
@@ -119,9 +123,8 @@ class _Whitened:
 
         optimizer.step(objective)
         objective()
-        gradient = torch.cat(
-            [(V.grad / scale).flatten(), bias.grad]
-        )  # with respect to W, whose axes are turned
+        turned = (V.grad / scale).flatten()  # with respect to W, in turned axes, which keep lengths
+        gradient = torch.cat([turned, bias.grad])
         weight = (V.detach() * scale) @ self.axes.T
         steps = optimizer.state[V]["n_iter"]
         return Fit(weight, bias.detach() - weight @ self.mean, steps, float(gradient.norm()))
@@ -130,6 +133,8 @@ class _Whitened:
 def _choosing(groups):
     """A mask (N,) of the samples to choose by: every CHOOSING-th group, in an order from a fixed seed."""
     names, place = torch.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise UserError("a linear readout needs at least two groups of training images, one to choose by")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
     return (order % CHOOSING == 0)[place]
 
