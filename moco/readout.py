@@ -69,10 +69,13 @@ def read_out(features, targets, groups, held_out, held_out_targets, classes):
 
 
 def standardised(features, held_out):
-    """Both as float64, less the mean and divided by the deviation of `features`; constant ones become 0."""
+    """Both as float64, less the mean and divided by the deviation of `features`; constant ones become 0.
+
+    Constant up to the rounding of float32, in which encoders compute.
+    """
     features, held_out = features.double(), held_out.double()
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
-    tiny = deviation <= 1e-12 * mean.abs().clamp(min=1)  # rounding of a constant is no information
+    tiny = deviation <= 1e-6 * mean.abs()
     scale = torch.where(tiny, 0.0, 1 / deviation.masked_fill(tiny, 1.0))
     return (features - mean) * scale, (held_out - mean) * scale
 
@@ -111,9 +114,9 @@ class _Whitened:
         V, bias = (W / scale).requires_grad_(True), bias.clone().requires_grad_(True)
         penalty = weight_decay / 2 * scale**2
         optimizer = torch.optim.LBFGS(
-            [V, bias], max_iter=MOST_STEPS, max_eval=2 * MOST_STEPS, history_size=100,
-            line_search_fn="strong_wolfe", tolerance_grad=TOLERANCE / 10, tolerance_change=0,
-        )  # fmt: skip
+            [V, bias], history_size=100, line_search_fn="strong_wolfe", tolerance_change=0
+        )
+        group, steps = optimizer.param_groups[0], 0
 
         def objective():
             optimizer.zero_grad()
@@ -121,13 +124,18 @@ class _Whitened:
             loss.backward()
             return loss
 
-        optimizer.step(objective)
-        objective()
-        turned = (V.grad / scale).flatten()  # with respect to W, in turned axes, which keep lengths
-        gradient = torch.cat([turned, bias.grad])
+        for digits in range(1, 6):  # it stops by the largest entry with respect to V, we by the length to W
+            left = MOST_STEPS - steps
+            group.update(tolerance_grad=TOLERANCE / 10**digits, max_iter=left, max_eval=2 * left)
+            optimizer.step(objective)
+            objective()
+            turned = (V.grad / scale).flatten()  # with respect to W, in turned axes, which keep lengths
+            gradient = float(torch.cat([turned, bias.grad]).norm())
+            steps = optimizer.state[V]["n_iter"]
+            if gradient <= TOLERANCE or steps >= MOST_STEPS:
+                break
         weight = (V.detach() * scale) @ self.axes.T
-        steps = optimizer.state[V]["n_iter"]
-        return Fit(weight, bias.detach() - weight @ self.mean, steps, float(gradient.norm()))
+        return Fit(weight, bias.detach() - weight @ self.mean, steps, gradient)
 
 
 def _choosing(groups):

@@ -52,6 +52,16 @@ def test_the_gradient_that_a_fit_tells_is_that_of_its_objective():
         assert own.gradient == pytest.approx(literal, rel=1e-3, abs=1e-8)
 
 
+def test_fewer_samples_than_features_that_go_together_converge():
+    generator = torch.Generator().manual_seed(0)
+    for classes in (3, 5):
+        hidden = torch.randn(20, 8, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 8)
+        features = hidden @ torch.randn(8, 600, generator=generator, dtype=torch.float64)
+        features, _ = standardised(features, features)
+        fits = [fit(features, torch.arange(20) % classes, classes, w) for w in readout.WEIGHT_DECAYS]
+        assert [own.converged for own in fits] == [True] * 6 and max(own.iterations for own in fits) < 200
+
+
 def test_a_readout_that_was_cut_off_says_so(monkeypatch):
     features, targets = blobs()
     given = features, targets, torch.arange(300), features, targets, 4

@@ -27,8 +27,8 @@ def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, cli):
     assert set(results) == {"untrained_bits2_seed5", "v2_T0.2_eps0.1_bits2_seed5"}
     shared = {
         "kind": "randbit", "seed": 5, "bits": 2, "arch": "shufflenet_v2_x0_5", "image_size": 16, "epochs": 1,
-        "batch_size": 8, "lr": 0.03, "moco_k": 16, "moco_m": 0.99, "bn_splits": 2, "alpha": 1.0, "method": "ifm",
-        "renders": 4, "factors": None, "device": "cpu", "data": str(folders),
+        "batch_size": 8, "lr": 0.03, "moco_k": 16, "moco_m": 0.99, "bn_splits": 2, "alpha": 1.0,
+        "method": "ifm", "renders": 4, "factors": None, "device": "cpu", "data": str(folders),
     }  # fmt: skip
     for result in results.values():
         assert shared.items() <= result.items() and result["versions"]["torch"] == torch.__version__
@@ -119,7 +119,7 @@ def test_runs_are_named_by_all_digits_of_what_differs(folders, tmp_path, cli, mo
         ("trifeature", ["--epsilon", "nan"], "--epsilon must be 0 or more, not nan"),
         ("trifeature", ["--epsilon", "inf"], "--epsilon must be 0 or more, not inf"),
         ("trifeature", ["--moco-t", "0"], "--moco-t must be above 0, not 0"),
-        ("trifeature", ["--seeds", "-1"], "--seed must be between 0"),
+        ("trifeature", ["--seeds", "-1"], "--seeds must be between 0"),
         ("trifeature", ["--alpha", "-1"], "--alpha must be 0 or more"),
         ("trifeature", ["--epsilon"], "--epsilon needs at least one value"),
         ("trifeature", ["--moco-t"], "--moco-t needs at least one value"),
