@@ -136,11 +136,12 @@ def test_an_error_of_the_sweep_itself_leaves_no_run_behind(tmp_path, monkeypatch
     monkeypatch.setattr(sweep, "add_result", full)
     long = "import os, time; open('{folder}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
     wait = "import pathlib, time\nwhile not pathlib.Path('{folder}/../long/pid').exists(): time.sleep(0.05)\n"
+    start = time.monotonic()
     jobs = [job(tmp_path, "long", long, MEASURE), job(tmp_path, "short", wait + MEASURE)]
     with pytest.raises(UserError, match=r"cannot write to .*\(No space left on device.*same command goes on"):
         work(tmp_path, jobs)
     pid = int((tmp_path / "runs" / "long" / "pid").read_text())
-    assert not alive([pid])
+    assert not alive([pid]) and time.monotonic() - start < 30  # it was ended, and not waited for
 
 
 def test_one_sweep_at_a_time_works_in_a_folder(tmp_path):
