@@ -118,6 +118,21 @@ class Loading:
         (default: an image that cannot be read is an error). Raises UserError when the batch cannot be shared
         equally or there are fewer images than a step takes.
         """
+        global_batch = self.check_batch(len(images), images.root, process, bn_splits, views)
+        batches = EpochBatches(len(images), global_batch, seed, process.rank, process.world_size)
+        if self.cache == "device":
+            if photometric:
+                raise UserError("--cache device leaves nothing to workers: add --device-aug exact or float")
+            pixels = build_on_device(paths_of(images), process, decoder(self.decode)[0])
+            return ResidentLoader(pixels, _targets(images), recipe, self.size, seed, batches, views)
+        photographs = self._photographs(images, process)
+        sample = TrainingSample(
+            photographs, recipe, self.size, self.resize, seed, photometric, bad_images or BadImages()
+        )
+        return self._loader(sample, batches, views, process)
+
+    def check_batch(self, images, root, process, bn_splits=1, views=2):
+        """The global batch of training on so many `images` of a folder `root`; UserError as in `training`."""
         local = process.local_world_size
         if self.batch_size % local:
             raise UserError(
@@ -130,21 +145,9 @@ class Loading:
         if self.batch_size // local // bn_splits < 2 and views > 1:
             raise UserError("BatchNorm needs at least 2 images in each group; raise -b or lower --bn-splits")
         global_batch = self.batch_size // local * process.world_size
-        if len(images) < global_batch:
-            raise UserError(
-                f"{images.root} has {len(images)} images, fewer than a step's {global_batch}; lower -b"
-            )
-        batches = EpochBatches(len(images), global_batch, seed, process.rank, process.world_size)
-        if self.cache == "device":
-            if photometric:
-                raise UserError("--cache device leaves nothing to workers: add --device-aug exact or float")
-            pixels = build_on_device(paths_of(images), process, decoder(self.decode)[0])
-            return ResidentLoader(pixels, _targets(images), recipe, self.size, seed, batches, views)
-        photographs = self._photographs(images, process)
-        sample = TrainingSample(
-            photographs, recipe, self.size, self.resize, seed, photometric, bad_images or BadImages()
-        )
-        return self._loader(sample, batches, views, process)
+        if images < global_batch:
+            raise UserError(f"{root} has {images} images, fewer than a step's {global_batch}; lower -b")
+        return global_batch
 
     def validation(self, images, process, optional=0):
         """A RingLoader over this process's share of the images; over all processes every image comes once.

@@ -6,6 +6,7 @@ python -m moco.measure DATA OUT.json --untrained -a resnet18 --image-size 32 --s
 
 import argparse
 import json
+import math
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from moco import trifeature
 from moco.errors import UserError, run_program
 from moco.files import atomic_file
+from moco.sweep import DIVERGED
 
 AS_FOLDERS = "class"  # the readout of a data set that is no Trifeature
 
@@ -40,6 +42,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
         log = checkpoint["log"]
         means = {name: float(total) / count for name, (total, count) in log.items()}
         loss, accuracy = plain_loss(model, folder, settings, device)
+        _check_finite(math.isfinite(loss), "the plain loss")
         result["losses"] = {
             "training": means["Loss"],
             "training_acc1": means["Acc@1"],
@@ -157,12 +160,18 @@ def _readouts(folder, factors, encoder, settings, device):
         train, val, classes = labelled_folders(folder, factor_name)
         if known is None:
             known = features(encoder, train, *given, TRAIN), features(encoder, val, *given, HELD_OUT)
+            _check_finite(all(part.isfinite().all() for part in known), "a feature")
         targets, held_out = map(_labels, (train, val))  # each numbers its combinations by itself
         # Renders of a combination stay together; of one class all images would, so there each is its own.
         groups = torch.tensor(train.targets) if factor_name else torch.arange(len(targets))
         readout = read_out(known[0], targets, groups, known[1], held_out, classes)
         readouts[factor] = asdict(readout) | {"chance": 100 / classes}
     return readouts
+
+
+def _check_finite(fine, what):
+    if not fine:  # the loss of the last step was, but its update was not
+        raise UserError(f"{what} {DIVERGED}: these weights cannot be measured; train with a lower --lr")
 
 
 def _labels(images):

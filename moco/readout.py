@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from moco.errors import UserError
+
 WEIGHT_DECAYS = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3)  # the first that reads best is taken
 CHOOSING = 5  # one group in so many of the training part is held back to choose by
-TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: the objective is then within
-# TOLERANCE^2 / (2 * weight decay), 2e-8 or less, of its minimum
+TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: with these biases no weights
+# give an objective lower by more than TOLERANCE^2 / (2 * weight decay), 2e-8 or less
 MOST_STEPS = 1000
 
 
@@ -50,6 +52,7 @@ def read_out(features, targets, groups, held_out, held_out_targets, classes):
 
     groups (N,) int64: samples of one group, such as the renders of one combination, are on the same side when
     the weight decay is chosen. Features are standardised by the mean and deviation of the training part.
+    Raises UserError when there are fewer than two groups.
     """
     features, held_out = standardised(features, held_out)
     choosing = _choosing(groups)
@@ -66,10 +69,13 @@ def read_out(features, targets, groups, held_out, held_out_targets, classes):
 
 
 def standardised(features, held_out):
-    """Both as float64, less the mean and divided by the deviation of `features`; constant ones become 0."""
+    """Both as float64, less the mean and divided by the deviation of `features`; constant ones become 0.
+
+    Constant up to the rounding of float32, in which encoders compute.
+    """
     features, held_out = features.double(), held_out.double()
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
-    tiny = deviation <= 1e-12 * mean.abs().clamp(min=1)  # rounding of a constant is no information
+    tiny = deviation <= 1e-6 * mean.abs()
     scale = torch.where(tiny, 0.0, 1 / deviation.masked_fill(tiny, 1.0))
     return (features - mean) * scale, (held_out - mean) * scale
 
@@ -77,7 +83,8 @@ def standardised(features, held_out):
 def fit(features, targets, classes, weight_decay):
     """Minimise mean cross-entropy + weight_decay / 2 * |W|^2 over features (N, d) float64: a Fit.
 
-    The bias is free. L-BFGS with a strong Wolfe search; whether it converged is the Fit's to say.
+    weight_decay is above 0; the bias is free. L-BFGS with a strong Wolfe search; whether it converged is
+    the Fit's to say.
     """
     return _Whitened(features).fit(targets, classes, weight_decay)
 
@@ -107,9 +114,9 @@ class _Whitened:
         V, bias = (W / scale).requires_grad_(True), bias.clone().requires_grad_(True)
         penalty = weight_decay / 2 * scale**2
         optimizer = torch.optim.LBFGS(
-            [V, bias], max_iter=MOST_STEPS, max_eval=2 * MOST_STEPS, history_size=100,
-            line_search_fn="strong_wolfe", tolerance_grad=TOLERANCE / 10, tolerance_change=0,
-        )  # fmt: skip
+            [V, bias], history_size=100, line_search_fn="strong_wolfe", tolerance_change=0
+        )
+        group, steps = optimizer.param_groups[0], 0
 
         def objective():
             optimizer.zero_grad()
@@ -117,19 +124,25 @@ class _Whitened:
             loss.backward()
             return loss
 
-        optimizer.step(objective)
-        objective()
-        gradient = torch.cat(
-            [(V.grad / scale).flatten(), bias.grad]
-        )  # with respect to W, whose axes are turned
+        for digits in range(1, 6):  # it stops by the largest entry with respect to V, we by the length to W
+            left = MOST_STEPS - steps
+            group.update(tolerance_grad=TOLERANCE / 10**digits, max_iter=left, max_eval=2 * left)
+            optimizer.step(objective)
+            objective()
+            turned = (V.grad / scale).flatten()  # with respect to W, in turned axes, which keep lengths
+            gradient = float(torch.cat([turned, bias.grad]).norm())
+            steps = optimizer.state[V]["n_iter"]
+            if gradient <= TOLERANCE or steps >= MOST_STEPS:
+                break
         weight = (V.detach() * scale) @ self.axes.T
-        steps = optimizer.state[V]["n_iter"]
-        return Fit(weight, bias.detach() - weight @ self.mean, steps, float(gradient.norm()))
+        return Fit(weight, bias.detach() - weight @ self.mean, steps, gradient)
 
 
 def _choosing(groups):
     """A mask (N,) of the samples to choose by: every CHOOSING-th group, in an order from a fixed seed."""
     names, place = torch.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise UserError("a linear readout needs at least two groups of training images, one to choose by")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
     return (order % CHOOSING == 0)[place]
 

@@ -6,90 +6,25 @@ python -m moco.shortcuts randbit --bits 0 2 4 6 8 --out runs/randbit
 A sweep can be stopped (Ctrl-C) and continued by the same command, also with more values of what differs.
 """
 
-import argparse
 import itertools
 import os
+import signal
 from pathlib import Path
 
 from moco import trifeature
 from moco.cores import available_cores
 from moco.errors import UserError, run_program
-from moco.measure import factors_of
+from moco.measure import AS_FOLDERS, factors_of
+from moco.shortcuts_options import PER_GPU, RECIPES, check_lists, parse_args
 from moco.shortcuts_report import write_report
 from moco.sweep import Job, locked, read_results, run_jobs, settle
-
-RECIPES = {"v2": "--aug-plus", "crops": "--crops-only"}
-PER_GPU = 6  # runs side by side on one
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.shortcuts",
-        description="Pre-train small encoders by main_moco.py with and without IFM, and measure what a "
-        "linear classifier reads from them.",
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="EXPERIMENT")
-    for kind, text in (
-        ("trifeature", "shape, texture and colour against epsilon and temperature"),
-        ("randbit", "images with random bits that tell them apart, against the number of bits"),
-    ):
-        sub = kinds.add_parser(kind, help=text, description=f"Measures {text}.")
-        _add_lists(sub, kind)
-        _add_fixed(sub, kind)
-        _add_running(sub)
-    return parser.parse_args()
-
-
-def _add_lists(parser, kind):
-    of_bits = kind == "randbit"
-    add = parser.add_argument_group("what differs between runs: every combination is a run").add_argument
-    if of_bits:
-        add("--bits", type=int, nargs="*", default=[0, 2, 4, 6, 8], metavar="B", help="(default: 0 2 4 6 8)")
-    epsilons = [0, 0.1] if of_bits else [0, 0.05, 0.1, 0.2, 0.5]
-    temperatures = [0.2] if of_bits else [0.07, 0.2, 0.5]
-    add("--epsilon", type=float, nargs="*", default=epsilons, metavar="E",
-        help=f"0 is plain MoCo-v2 (default: {_words(epsilons)})")  # fmt: skip
-    add("--moco-t", type=float, nargs="*", default=temperatures, metavar="T",
-        help=f"(default: {_words(temperatures)})")  # fmt: skip
-    add("--seeds", type=int, nargs="*", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
-    recipes = ["v2"] if of_bits else ["v2", "crops"]
-    add("--recipe", nargs="*", default=recipes, metavar="NAME",
-        help=f"views: v2, MoCo v2's, or crops and flips alone (default: {_words(recipes)})")  # fmt: skip
-
-
-def _add_fixed(parser, kind):
-    add = parser.add_argument_group("what all runs share").add_argument
-    for flag, default, metavar in (
-        ("-a --arch", "resnet18", "ARCH"), ("--image-size", 32, "S"), ("--epochs", 12, "N"),
-        ("-b --batch-size", 64, "N"), ("--lr", 0.03, "LR"), ("--moco-k", 1024, "K"), ("--moco-m", 0.99, "M"),
-        ("--bn-splits", 8, "G"), ("--alpha", 1.0, "A"),
-    ):  # fmt: skip
-        add(
-            *flag.split(), type=type(default), default=default, metavar=metavar, help="(default: %(default)s)"
-        )
-    add("--method", choices=("ifm", "ifm_only"), default="ifm", help="(default: %(default)s)")
-    add("--renders", type=int, default=4, metavar="N",
-        help="images of each of Trifeature's combinations (default: %(default)s)")  # fmt: skip
-    if kind == "randbit":
-        add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT)")
-    add("--factors", nargs="*", metavar="NAME",
-        help="what to read: shape, texture, color; of other data class (default: all there are)")  # fmt: skip
-
-
-def _add_running(parser):
-    add = parser.add_argument_group("running").add_argument
-    add(
-        "--out", required=True, metavar="DIR", help="folder of the sweep: results.jsonl, table.md, figure.png"
-    )
-    add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
-    add("--jobs", type=int, metavar="N",
-        help=f"runs side by side (default: one per core, {PER_GPU} on a GPU)")  # fmt: skip
-    add("--keep-checkpoints", action="store_true", help="do not remove them once they are measured")
 
 
 def main():
     args = parse_args()
-    _check(args)
+    check_lists(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing half-drawn then, too
+
     import torch
 
     from moco.watch import PREEMPTED, Signals
@@ -126,22 +61,6 @@ def main():
             raise SystemExit(1)
 
 
-def _check(args):
-    for name in ("bits", "epsilon", "moco_t", "seeds", "recipe", "factors"):
-        values = getattr(args, name, None)
-        if values == []:
-            raise UserError(f"--{name.replace('_', '-')} needs at least one value")
-        if values is not None:
-            setattr(args, name, list(dict.fromkeys(values)))  # each once
-    for recipe in args.recipe:
-        if recipe not in RECIPES:
-            raise UserError(f"there is no recipe {recipe!r}; choose of {', '.join(RECIPES)}")
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {args.jobs}")
-    if args.renders < 1:
-        raise UserError(f"--renders must be at least 1, not {args.renders}")
-
-
 def _runs(args):
     """The untrained encoders first, then seed by seed, so that what is done at any time can be compared."""
     bits, runs = getattr(args, "bits", [0]), []
@@ -157,6 +76,10 @@ def _runs(args):
 
 def _check_runs(args, runs, data):
     """Let main_moco.py's own checks see every command before anything is drawn or started."""
+    import torch
+
+    from moco.data import Loading, labelled_folders
+    from moco.distributed import Process
     from moco.encoders import base_encoder, check_image_size
     from moco.pretrain_options import check
     from moco.pretrain_options import parse_args as pretraining_args
@@ -171,10 +94,19 @@ def _check_runs(args, runs, data):
             check(pretraining_args(_pretraining(args, run, data, Path("runs"))[1:]))
         elif not 0 <= run["seed"] < 2**63:
             raise UserError(f"--seeds must be between 0 and 2^63 - 1, not {run['seed']}")
-    known = factors_of(data) if getattr(args, "data", None) else list(trifeature.FACTORS)
+    given = getattr(args, "data", None) is not None
+    known = factors_of(data) if given else list(trifeature.FACTORS)
     for factor in args.factors or ():
         if factor not in known:
             raise UserError(f"there is no factor {factor!r} to read; choose of {', '.join(known)}")
+    images = args.renders * (len(trifeature.COMBINATIONS) - len(trifeature.held_out(0)))
+    if given:
+        images = len(labelled_folders(data, None if known == [AS_FOLDERS] else known[0])[0])
+    elif 2 * args.image_size not in trifeature.SIZES:
+        largest = trifeature.SIZES[-1] // 2
+        raise UserError(f"--image-size {args.image_size} is more than Trifeature's {largest}; lower it")
+    process = Process(0, 1, 0, 1, 1, torch.device("cpu"))
+    Loading(args.image_size, "pil", args.batch_size).check_batch(images, data, process, args.bn_splits)
 
 
 def _settings(args):
@@ -184,7 +116,9 @@ def _settings(args):
 
 
 def _job(args, run, data, factors):
-    T = "" if not run["trained"] else f"{run['recipe']}_T{run['T']:g}_eps{run['epsilon']:g}_"
+    T = ""
+    if run["trained"]:
+        T = f"{run['recipe']}_T{_number(run['T'])}_eps{_number(run['epsilon'])}_"
     bits = f"bits{run['bits']}_" if args.kind == "randbit" else ""
     folder = Path(args.out).resolve() / "runs" / f"{T or 'untrained_'}{bits}seed{run['seed']}"
     measuring = ["-m", "moco.measure", str(Path(data).resolve()), str(folder / "measured.json"), "--factors"]
@@ -198,7 +132,8 @@ def _job(args, run, data, factors):
     commands = [("pretrain", pretraining), ("measure", [*measuring, "--pretrained", str(newest)])]
     if newest.is_file():
         del commands[0]
-    run = {"kind": args.kind, **run, **_settings(args), "command": ["python", *pretraining]}
+    told = _pretraining(args, run, data, Path(args.out, "runs", folder.name))  # as the user named folders
+    run = {"kind": args.kind, **run, **_settings(args), "command": ["python", *told]}
     return Job(run, commands, folder)
 
 
@@ -226,8 +161,9 @@ def _flags(*words, **values):
     return list(words)
 
 
-def _words(values):
-    return " ".join(map(str, values))
+def _number(value):
+    """A number in a run's name: all its digits, so that two names are never the same, and 0 as 0.0."""
+    return repr(float(value)).removesuffix(".0")
 
 
 if __name__ == "__main__":

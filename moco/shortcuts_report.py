@@ -15,11 +15,13 @@ TITLES = {"recipe": "recipe", "T": "T", "bits": "bits", "epsilon": "epsilon"}
 
 def write_report(out, kind, results):
     """Write table.md and, with matplotlib, figure.png into the folder `out`. Returns what to print."""
-    if not any(result["trained"] and "readout" in result for result in results):
+    if not any("readout" in result for result in results):
         return "nothing to show yet"
     text = table(results)
     with atomic_file(Path(out) / TABLE) as temporary:
         temporary.write_text(text)
+    if not any(sound(runs) for runs in rows(results).values()):
+        return f"{text}\n{Path(out) / TABLE}"
     try:
         from moco.shortcuts_figure import draw
 

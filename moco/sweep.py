@@ -20,7 +20,7 @@ from moco.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, RESULTS, LOCK, LOG = "sweep.json", "results.jsonl", ".lock", "log.txt"
-DIVERGED = "became nan or infinite"  # of the sentence by which main_moco.py ends then
+DIVERGED = "became nan or infinite"  # of the sentence by which main_moco.py or moco.measure ends then
 
 
 @dataclass
@@ -40,12 +40,12 @@ class Job:
 
 
 def settle(out, settings):
-    """Make the folder `out` of a sweep, or check that the sweep in it has the same settings. UserError."""
+    """Note the settings of the sweep in the folder `out`, or check that it has the same. UserError."""
     path = Path(out) / SETTINGS
     if path.is_file():
         try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); choose another --out") from error
         for name in sorted(before.keys() | settings.keys()):
             if before.get(name) != settings.get(name):
@@ -54,8 +54,6 @@ def settle(out, settings):
                     "the same settings, or choose another --out"
                 )
         return
-    if Path(out).is_dir() and any(name != LOCK for name in os.listdir(out)):
-        raise UserError(f"{out} is not empty and holds no sweep (no {SETTINGS}); choose another --out")
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -65,18 +63,25 @@ def locked(out):
     """Keep other sweeps out of the folder `out`, made if missing, and give a file that children inherit.
 
     The lock ends with the last process that has the file, so also when runs outlive a killed sweep. Raises
-    UserError when it is taken.
+    UserError when it is taken, and before anything is written where `out` holds what is no sweep.
     """
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
+        names = os.listdir(out)  # a sweep that was killed at its start leaves hidden files of ours alone
+        if SETTINGS not in names and not all(name.startswith((LOCK, f".{SETTINGS}")) for name in names):
+            raise UserError(f"{out} is not empty and holds no sweep (no {SETTINGS}); choose another --out")
         lock = open(Path(out) / LOCK, "w")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"cannot write to --out {out} ({error.strerror}); choose another folder") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"a sweep is at work in {out}; wait for it, or stop it") from error
+        except OSError as error:  # a network disk without locks
+            raise UserError(
+                f"cannot lock {out} ({error.strerror}); choose a folder on another disk"
+            ) from error
         yield lock
 
 
@@ -104,8 +109,22 @@ def run_jobs(out, jobs, side_by_side, environment, lock, signals, keep=False):
     environment: variables of the children; signals: a moco.watch.Signals, by which all stops: whoever asks
     `signals.name` afterwards knows. keep: whether checkpoints stay after they were measured.
     """
-    waiting, active, failures = list(jobs), [], []
-    total, start = len(waiting), time.monotonic()
+    active = []
+    try:
+        return _run(out, list(jobs), active, side_by_side, environment, lock, signals, keep)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out} ({error.strerror}); make room, and the same command goes on"
+        ) from error
+    finally:  # nothing is left behind that nobody would measure
+        for job in active:
+            job.process.terminate()
+        for job in active:
+            job.process.wait()
+
+
+def _run(out, waiting, active, side_by_side, environment, lock, signals, keep):
+    failures, total, start = [], len(waiting), time.monotonic()
     told = False
     while waiting or active:
         if signals.name and not told:
@@ -114,8 +133,8 @@ def run_jobs(out, jobs, side_by_side, environment, lock, signals, keep=False):
             for job in active:
                 job.process.terminate()
         while waiting and len(active) < side_by_side:
+            _begin(waiting[0], environment, lock)
             active.append(waiting.pop(0))
-            _begin(active[-1], environment, lock)
         time.sleep(0.1)
         for job in [job for job in active if job.process.poll() is not None]:
             failure, ended = _after(out, job, told or signals.name, keep)
@@ -148,13 +167,15 @@ def _begin(job, environment, lock):
 def _after(out, job, stopping, keep):
     """What follows from the end of a job's command: (a sentence if it failed, whether the job is over)."""
     code, (what, _) = job.process.returncode, job.commands.pop(0)
-    job.seconds[what] = job.seconds.get(what, 0.0) + round(time.monotonic() - job.began, 1)
+    job.seconds[what] = round(job.seconds.get(what, 0.0) + time.monotonic() - job.began, 1)
     with atomic_file(job.folder / "seconds.json") as temporary:
         temporary.write_text(json.dumps(job.seconds))
     if code:
         lines = (job.folder / LOG).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         if DIVERGED in lines[-1]:
-            _record(out, job, {"diverged": True, "reason": lines[-1].split("error: ")[-1]}, keep)
+            reason = lines[-1].split("error: ")[-1]
+            _record(out, job, {"diverged": True, "reason": reason}, keep)
+            print(f"{job.name} diverged: {reason}", flush=True)
             return None, True
         if stopping:
             return None, True

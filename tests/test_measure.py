@@ -1,0 +1,206 @@
+"""What is read from an encoder belongs to the right images, and the plain loss is what its name says."""
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny import TinyEncoder
+from torch import nn
+
+import main_moco
+from moco import measure, trifeature
+from moco.builder import MoCo
+from moco.data import Loading, image_folder, labelled_folders
+from moco.distributed import Process
+from moco.draws import moco_v2
+from moco.encoders import base_encoder
+from moco.errors import UserError
+from moco.random_bits import HELD_OUT, TRAIN, bits_of, with_input_channels
+from moco.sweep import DIVERGED
+from moco.views import normalise
+
+CPU = torch.device("cpu")
+STEP = 25  # between the levels of a channel that encode the values of a factor
+
+
+class Looks(nn.Module):
+    """Tells the ten values of three factors, encoded in red, green and blue, by 30 features of 0 or 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(30, 2)
+
+    def forward(self, x):
+        return self.fc(F.one_hot((levels(x) / STEP).round().long(), 10).flatten(1).float())
+
+
+class Means(nn.Module):
+    """The mean of each channel."""
+
+    fc = nn.Identity()
+
+    def forward(self, x):
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def levels(x):
+    """The mean bytes (N, 3) of normalised views."""
+    black, white = (normalise(torch.full((1, 3, 1, 1), v, dtype=torch.uint8)).flatten() for v in (0, 255))
+    return (x.mean(dim=(2, 3)) - black) / (white - black) * 255
+
+
+@pytest.fixture
+def combinations(tmp_path):
+    """A folder of two parts with combinations of their own, whose images encode the factors."""
+    for split, offsets in (("train", ((0, 0), (1, 2), (4, 9))), ("val", ((3, 5), (7, 1)))):
+        for i in range(10):
+            for a, b in offsets:
+                numbers = i, (i + a) % 10, (i + b) % 10
+                values = (names[n] for names, n in zip(trifeature.FACTORS.values(), numbers, strict=True))
+                folder = tmp_path / split / "_".join(values)
+                folder.mkdir(parents=True)
+                for render in range(2):
+                    pixels = tuple(STEP * n for n in numbers)
+                    Image.new("RGB", (20, 16), pixels).save(folder / f"{render}.png")
+    (tmp_path / trifeature.SETTINGS).write_text("{}")
+    return tmp_path
+
+
+def test_each_part_is_read_by_its_own_labels(combinations, monkeypatch):
+    for factor in trifeature.FACTORS:  # the premise: combination numbers mean something else in val
+        train, val, _ = labelled_folders(combinations, factor)
+        own = measure._labels(val).tolist()
+        by_name = [trifeature.factor_of(val.classes[t], factor) for t in val.targets]
+        assert own == by_name != [train.target_transform(target) for target in val.targets]
+    monkeypatch.setattr(measure, "_model", lambda *_: Looks())
+    factors = measure.factors_of(combinations)
+    assert factors == ["shape", "texture", "color"]
+    found = measure.measure(combinations, factors, CPU, image_size=16, seed=0)
+    for factor in factors:
+        readout = found["readout"][factor]
+        assert (readout["accuracy"], readout["chance"], readout["converged"]) == (100, 10, True)
+    assert "losses" not in found and set(found["versions"]) > {"torch", "torchvision"}
+
+
+def test_a_class_is_read_of_folders_that_are_no_trifeature(folders, monkeypatch):
+    assert measure.factors_of(folders) == ["class"]
+    monkeypatch.setattr(measure, "_model", lambda *_: Means())
+    readout = measure.measure(folders, ["class"], CPU, image_size=16, seed=0)["readout"]["class"]
+    assert readout["chance"] == pytest.approx(100 / 3) and 0 <= readout["accuracy"] <= 100
+    with pytest.raises(UserError, match="is not named shape_texture_color"):
+        measure.measure(folders, ["shape"], CPU, image_size=16, seed=0)
+
+
+def test_features_are_in_the_order_of_the_images_over_batches_with_their_bits(tmp_path):
+    for name, count in (("one", 200), ("two", 130)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = (i, 7 * i % 256, 100 if name == "one" else 200)
+            Image.new("RGB", (8, 8), pixels).save(tmp_path / "train" / name / f"{i:03d}.png")
+    images, encoder = image_folder(tmp_path, "train"), Means()
+    expected = [Image.open(path).getpixel((0, 0)) for path, _ in images.samples]
+    plain = measure.features(encoder, images, 8, CPU)
+    assert plain.dtype == torch.float64 and plain.shape == (330, 3)
+    assert levels(plain.float()[:, :, None, None]).round().int().tolist() == list(map(list, expected))
+    for part in (TRAIN, HELD_OUT):
+        both = measure.features(encoder, images, 8, CPU, bits=5, seed=9, part=part)
+        assert torch.equal(both[:, :3], plain)
+        assert torch.equal(both[:, 3:], bits_of(9, part, range(330), 5).double())
+
+
+def settings(**other):
+    return {
+        "aug_plus": True, "resize": "pil", "image_size": 16, "batch_size": 8, "device_aug": "off", "seed": 3,
+        "epochs": 2, "bn_splits": 1, **other,
+    }  # fmt: skip
+
+
+def small_moco(**options):
+    torch.manual_seed(0)
+    model = MoCo(TinyEncoder, 8, K=12, m=0.5, T=0.2, **options)
+    with torch.no_grad():
+        for parameter in model.encoder_k.parameters():  # so that a momentum below 1 would show
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def literal(model, folder, epoch):
+    """Mean InfoNCE of the epoch, written out, with the loader's views."""
+    loader = Loading(16, "pil", 8, 0).training(
+        image_folder(folder, "train"), moco_v2(), Process(0, 1, 0, 1, 1, CPU), 3
+    )
+    loader.batch_sampler.epoch = epoch
+    queue, total, right, count = model.queue.T.clone(), 0.0, 0, 0  # K x C, the oldest first
+    with torch.no_grad():
+        for batch in loader:
+            q, k = (
+                F.normalize(encoder(normalise(view)), dim=1)
+                for encoder, view in zip((model.encoder_q, model.encoder_k), batch.pixels, strict=True)
+            )
+            for one, key in zip(q, k, strict=True):
+                logits = torch.stack([one @ key, *(one @ other for other in queue)]) / 0.2
+                total -= float(logits.log_softmax(dim=0)[0])
+                right += int(logits.argmax() == 0)
+                count += 1
+            queue = torch.cat([queue, k])[-12:]
+    assert count == 24
+    return total / count, 100 * right / count
+
+
+def test_the_plain_loss_is_infonce_written_out_and_changes_no_weight(folders):
+    model = small_moco()
+    before = copy.deepcopy(model.state_dict())
+    expected = literal(copy.deepcopy(model).train(), folders, epoch=2)
+    found = measure.plain_loss(model, folders, settings(), CPU)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]), name
+    assert not torch.equal(model.queue, before["queue"])  # negative control: the model was at work
+    assert literal(small_moco().train(), folders, epoch=1)[0] != pytest.approx(found[0], rel=1e-3)
+    with_ifm = small_moco(epsilon=0.5)  # the same measure for every epsilon
+    assert measure.plain_loss(with_ifm, folders, settings(), CPU) == found
+    apart = measure.plain_loss(small_moco(bn_splits=2), folders, settings(bn_splits=2), CPU)
+    assert apart[0] != pytest.approx(found[0], rel=1e-3)  # in the run's own arrangement
+
+
+def test_the_untrained_encoder_is_what_a_run_starts_from():
+    arch = "shufflenet_v2_x0_5"
+    untrained = measure._model(None, None, {"arch": arch, "seed": 5, "moco_dim": 16, "random_bits": 2})
+    torch.manual_seed(5)
+    run = MoCo(with_input_channels(base_encoder(arch), 2), 16, 12, mlp=True).encoder_q.state_dict()
+    names = [name for name in untrained.state_dict() if not name.startswith("fc.")]
+    assert all(torch.equal(untrained.state_dict()[name], run[name]) for name in names) and len(names) > 100
+    other = measure._model(None, None, {"arch": arch, "seed": 6, "moco_dim": 16, "random_bits": 2})
+    assert not torch.equal(other.conv1[0].weight, untrained.conv1[0].weight)  # negative control
+
+
+def test_weights_that_are_no_numbers_count_as_diverged(folders, monkeypatch):
+    class Broken(Means):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    monkeypatch.setattr(measure, "_model", lambda *_: Broken())
+    with pytest.raises(UserError, match=DIVERGED):
+        measure.measure(folders, ["class"], CPU, image_size=16, seed=0)
+    assert DIVERGED in inspect.getsource(main_moco.train_epoch)  # tests/test_faults.py makes it say so
+
+
+def test_the_program_writes_json_and_refuses_what_it_cannot_measure(folders, tmp_path, cli):
+    out = tmp_path / "found.json"
+    code, output, _ = cli(
+        measure.main, folders, out, "--untrained", "-a", "shufflenet_v2_x0_5", "--image-size", "32"
+    )
+    found = json.loads(out.read_text())["readout"]["class"]
+    assert code == 0 and output.startswith(f"class: {found['accuracy']:.2f} % (chance 33.33), weight decay ")
+    torch.save({"state_dict": {"fc.weight": torch.zeros(2)}}, tmp_path / "bare.pth.tar")
+    for words, message in (
+        ([], "give either --pretrained CKPT or --untrained"),
+        (["--untrained", "--pretrained", "x"], "give either"),
+        (["--pretrained", tmp_path / "bare.pth.tar"], "does not say how it was trained"),
+    ):
+        code, _, errors = cli(measure.main, folders, tmp_path / "none.json", *words)
+        assert code == 2 and message in errors and not (tmp_path / "none.json").exists()
