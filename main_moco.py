@@ -7,10 +7,9 @@ torchrun, on any nodes:    torchrun --nproc_per_node 4 main_moco.py ...
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +63,7 @@ class Run:
     process: Process
     seed: int
     settings: dict
-    loader: Any
+    loader: Iterable
     finish: Callable
     execution: Execution
     model: nn.Module
@@ -94,7 +93,8 @@ def pretrain(process, args, folder):
     recipe = pretraining(args.aug_plus, args.crops_only)
     device_aug, loading = loading_of(args, process.device)
     chosen = settings(args, device_aug, loading, execution, seed)
-    check_agreement({**chosen, "images": len(images), "checkpoint": str(source)})
+    alike = {"start_epoch": args.start_epoch, "knn": args.knn, "cache": args.cache, "images": len(images)}
+    check_agreement({**chosen, **alike, "checkpoint": str(source)})
     bad_images = BadImages(args.on_bad_image, len(images), seed)
     loader = loading.training(
         images, recipe, process, seed,
@@ -103,7 +103,8 @@ def pretrain(process, args, folder):
     finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
     bits = RandomBits(args.random_bits, seed, batches)
-    data = {"images": len(images), "global_batch": batches.global_batch}
+    groups = process.world_size * args.bn_splits
+    data = {"images": len(images), "global_batch": batches.global_batch, "batchnorm_groups": groups}
     knn = KnnEvaluation(args.knn, args.epochs, args.arch, process, execution)
     knn.load(folder, images, loading, may_skip=args.on_bad_image == "skip")
 
@@ -132,15 +133,15 @@ def pretrain(process, args, folder):
         f"seed {seed}; processes: {process.world_size}, on {process.device.type}",
         *(loading_line(loader, loading), how, execution),
         *([fast_line(args, chosen)] if args.fast else []),
-        *notes(args, chance, len(images), process.world_size * args.bn_splits),
+        *notes(args, chance, len(images), groups),
     ):
         say(line)
 
-    fault = process.is_first and output.lacks_room(
-        trained_state(model, optimizer, execution.scaler), args.epochs
-    )
-    if fault := from_first(fault):
+    state = trained_state(model, optimizer, execution.scaler)
+    if fault := from_first(process.is_first and output.lacks_room(state, args.epochs)):
         raise UserError(fault)
+    if process.is_first:
+        output.start(epoch, step, say)
     record = start_log(
         args.output_dir, process, args.tensorboard, "main_moco.py", settings=chosen, **data,
         steps=len(loader), chance=chance, epoch=epoch, step=step,
@@ -148,8 +149,8 @@ def pretrain(process, args, folder):
     with Signals() as signals, record:
         watch = Watch(signals, process)
         run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch)
-        run.data, run.chance, run.output, run.record, run.knn = data, chance, output, record, knn
-        run.bits = bits
+        run.data, run.chance, run.output, run.record = data, chance, output, record
+        run.knn, run.bits = knn, bits
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
         train(run, epoch, step, checkpoint.get("log"))
 
@@ -184,7 +185,7 @@ def train(run, epoch, step, log_state=None):
                 "epoch": epoch + whole, "step": 0 if whole else step, "arch": args.arch,
                 "seed": run.seed, "settings": run.settings, "log": log.state_dict(), "data": run.data,
             }  # fmt: skip
-            path = run.output.save(state, wait=False)
+            path = run.output.save(state)
         if whole:
             write("epoch", **means, **run.knn(epoch, run.model.module.encoder_q))
             told = told or run.watch.last()[0]  # during the evaluation
@@ -197,7 +198,7 @@ def train(run, epoch, step, log_state=None):
                 print(f"{path} has it all; --resume auto goes on")
             raise SystemExit(PREEMPTED)
         step = 0
-    run.output.wait()
+    run.output.tidy()
 
 
 def train_epoch(run, epoch, log):
@@ -233,8 +234,8 @@ def train_epoch(run, epoch, log):
     if bad:
         raise UserError(
             f"the loss of epoch {epoch} became nan or infinite in step {step} or just before, at lr "
-            f"{optimizer.param_groups[0]['lr']:g}; the checkpoints are as they were: go on from the last "
-            "with a lower --lr, or a higher --moco-t"
+            f"{optimizer.param_groups[0]['lr']:g}; the checkpoints are as they were: go on from the last, or "
+            "from the one before if that fails at once, with a lower --lr, or a higher --moco-t"
         )
     return step + 1, told
 

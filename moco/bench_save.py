@@ -38,7 +38,9 @@ def measure(arch="resnet18", K=65536, rounds=11, folder=None):
                 if name == "in_place":
                     torch.save(checkpoint, f"{place}/in_place.pth.tar")
                 else:
-                    path = run.save(checkpoint, wait=name == "on_disk")
+                    path = run.save(checkpoint)
+                if name == "on_disk":
+                    run.wait()
                 seconds = time.perf_counter() - start
                 if name != "in_place":
                     run.wait()

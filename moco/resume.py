@@ -35,8 +35,15 @@ def same_course(checkpoint, source, data, settings, say):
         if value != data[name] and checkpoint["step"]:
             raise UserError(
                 f"{source} stands in the middle of an epoch of {value} {name.replace('_', ' ')}, and here it "
-                f"would be {data[name]}: go on with the same data, -b and number of processes"
+                f"would be {data[name]}: go on with the same data, -b, --bn-splits and number of processes"
             )
+        if value != data[name]:
+            say(f"note: {name} was {value} in {source} and is {data[name]} from here on")
+    if checkpoint.get("step") and before.get("seed", settings["seed"]) != settings["seed"]:
+        raise UserError(
+            f"{source} stands in the middle of an epoch of --seed {before['seed']}, whose other half --seed "
+            f"{settings['seed']} does not know: go on with the same, or leave the flag out"
+        )
     for name, value in before.items():
         if settings.get(name, value) != value:
             say(f"note: {name} was {value} in {source} and is {settings[name]} from here on")

@@ -9,6 +9,7 @@ from moco.checkpoint import begin_saving, read_checkpoint, tensor_bytes
 from moco.errors import UserError
 from moco.memory import in_words
 
+AHEAD = ".before"
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 
 
@@ -22,27 +23,23 @@ class RunFolder:
 
     def __init__(self, path, keep=1, save_freq=0):
         self.path, self.keep, self.save_freq = Path(path), keep, save_freq
-        self._under_way = None
+        self._under_way = self._newest = None
 
-    def save(self, checkpoint, wait=True):
-        """Write a dict whose `epoch` and `step` say where the run is, then remove what need not stay.
+    def save(self, checkpoint):
+        """Write a dict whose `epoch` and `step` say where the run is. Returns the file's path.
 
-        Returns the file's path. Without `wait` the file may appear under it later, until self.wait(), while
-        the run goes on and changes the tensors. Raises UserError when it, or the one before, cannot be
-        written.
+        The file may appear there later, until self.wait(), while the run goes on and changes the tensors. The
+        one before stays besides those that are kept, as what was trained since is known to be sound only
+        when the next is saved. Raises UserError when this one, or the one before, cannot be written.
         """
-        self.wait()
+        self.tidy()
         epoch, step = checkpoint["epoch"], checkpoint["step"]
         name = f"checkpoint_{epoch:04d}_{step:06d}" if step else f"checkpoint_{epoch - 1:04d}"
-        path = self.path / f"{name}.pth.tar"
-        finish = begin_saving(checkpoint, path)
-        if wait:
-            self._finish(finish, path)
-        else:
-            thread = ThreadPoolExecutor(1)  # which Python waits for before it ends
-            self._under_way = thread.submit(self._finish, finish, path)
-            thread.shutdown(wait=False)
-        return path
+        self._newest = self.path / f"{name}.pth.tar"
+        thread = ThreadPoolExecutor(1)  # which Python waits for before it ends
+        self._under_way = thread.submit(begin_saving(checkpoint, self._newest))
+        thread.shutdown(wait=False)
+        return self._newest
 
     def wait(self):
         """Return when no file is being written any more. Raises UserError as save does."""
@@ -50,9 +47,12 @@ class RunFolder:
         if under_way is not None:
             under_way.result()
 
-    def _finish(self, finish, path):
-        finish()
-        written = _position(path)
+    def tidy(self):
+        """Remove what need not stay beside the newest of this run, when that is written."""
+        self.wait()
+        if self._newest is None:
+            return
+        written = _position(self._newest)
         epochs = [old for old in self.newest_first() if _position(old)[1] == 0 and _position(old) <= written]
         for old in self.newest_first():
             if _position(old) >= written:
@@ -60,6 +60,21 @@ class RunFolder:
             chosen = self.save_freq and _position(old)[0] % self.save_freq == 0
             if _position(old)[1] or (old not in epochs[: self.keep] and not chosen):
                 old.unlink(missing_ok=True)
+
+    def start(self, epoch, step, say):
+        """Make the folder that of a run which goes on from `step` of `epoch`.
+
+        Checkpoints beyond are of another course, which --resume auto would take up: they get names that end
+        in AHEAD. Half-written files that a killed run left are removed. say: called with a line about it.
+        """
+        for half in self.path.glob(".checkpoint_*.tmp"):
+            half.unlink(missing_ok=True)
+        beyond = [path for path in self.newest_first() if _position(path) > (epoch, step)]
+        for path in beyond:
+            path.replace(f"{path}{AHEAD}")
+        if beyond:
+            many = f"{len(beyond)} checkpoint(s) in {self.path} were further"
+            say(f"note: {many}; their names end in {AHEAD} now")
 
     def lacks_room(self, checkpoint, epochs):
         """Why a run's checkpoints, each like this one, find no room on the disk, or None."""

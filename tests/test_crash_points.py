@@ -26,6 +26,7 @@ class Ours:
 
     def save(self, checkpoint):
         self.folder.save(checkpoint)
+        self.folder.tidy()
 
 
 class InPlace:

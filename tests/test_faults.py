@@ -64,6 +64,21 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoints(
     assert (tmp_path / "checkpoint_0000.pth.tar").read_bytes() == before
 
 
+def test_weights_that_the_last_step_of_an_epoch_ruined_leave_the_checkpoint_before(folders, tmp_path, cli):
+    words = [*WORDS, "-b", "24", "--keep", "1", "--output-dir", tmp_path, "--resume", "auto", folders]
+    assert cli(main_moco.main, *words, "--epochs", "2")[0] == 0
+    sound = (tmp_path / "checkpoint_0001.pth.tar").read_bytes()
+    code, _, errors = cli(main_moco.main, *words, "--epochs", "6", "--lr", "1e36")
+    assert code == 2 and "the loss of epoch 3 became nan" in errors and "from the one before" in errors
+    assert checkpoints(tmp_path) == ["checkpoint_0001.pth.tar", "checkpoint_0002.pth.tar"]
+    assert (tmp_path / "checkpoint_0001.pth.tar").read_bytes() == sound
+    words[words.index("auto")] = tmp_path / "checkpoint_0001.pth.tar"
+    code, output, errors = cli(main_moco.main, *words, "--epochs", "4")
+    assert code == 0, errors
+    assert "note: 1 checkpoint(s)" in output
+    assert checkpoints(tmp_path) == ["checkpoint_0002.pth.tar.before", "checkpoint_0003.pth.tar"]
+
+
 def infinite_on_one_rank(rank, world, words, folder, where):
     """As `pretrained`, but one rank sees an infinite pixel in the second step."""
     real, calls = main_moco.finisher, [0]
@@ -144,7 +159,8 @@ def test_kill_9_at_random_moments_of_saving_leaves_the_newest_file_whole(tmp_pat
         "folder, state = RunFolder(sys.argv[1], keep=2), {'module.x': torch.zeros(1_000_000)}\n"
         "for epoch in range(1, 10_000):\n"
         "    state['module.x'] += 1\n"
-        "    folder.save({'state_dict': state, 'epoch': epoch, 'step': 0}); print(epoch, flush=True)\n"
+        "    folder.save({'state_dict': state, 'epoch': epoch, 'step': 0}); folder.tidy()\n"
+        "    print(epoch, flush=True)\n"
     )
     unfinished = 0
     program = subprocess.Popen(

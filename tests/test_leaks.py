@@ -74,9 +74,9 @@ def long_run(tmp_path, monkeypatch, cli):
         record, steps = Record(), [0]
         make_folders(tmp_path, classes=("ant", "bee"), train=2 * many)
 
-        def look(folder, state, wait, real=main_moco.RunFolder.save):
+        def look(folder, state, real=main_moco.RunFolder.save):
             record.look()
-            return real(folder, state, wait)
+            return real(folder, state)
 
         def counted(ranks, real=main_moco.rank_accuracy):
             steps[0] += 1

@@ -128,6 +128,8 @@ def test_a_run_told_to_stop_after_its_last_step_has_simply_ended(run_ranks, fold
     ("change", "message"),
     [
         (["-b", "4"], "the middle of an epoch of 8 global batch, and here it would be 4"),
+        (["--bn-splits", "2"], "the middle of an epoch of 1 batchnorm groups, and here it would be 2"),
+        (["--seed", "9"], "the middle of an epoch of --seed 3, whose other half --seed 9 does not know"),
         (["--moco-k", "24"], "is of a run with --moco-k 20, not 24"),
         (["--moco-dim", "9"], "is of a run with --moco-dim 8, not 9"),
         (["-a", "resnet34"], "is of -a shufflenet_v2_x0_5, not of -a resnet34"),
@@ -193,9 +195,22 @@ def test_files_that_stay(tmp_path):
     tensors = {"state_dict": {"module.x": torch.zeros(2)}}
     for epoch in range(8):
         folder.save(tensors | {"epoch": epoch, "step": 5})
+        folder.wait()
         assert f"checkpoint_{epoch:04d}_000005.pth.tar" in os.listdir(tmp_path)
         folder.save(tensors | {"epoch": epoch + 1, "step": 0})
+        folder.wait()
+        if epoch:  # the one before stays until what follows is known to be sound
+            assert f"checkpoint_{epoch:04d}.pth.tar" in (names := os.listdir(tmp_path))
+            assert f"checkpoint_{epoch:04d}_000005.pth.tar" in names
+    folder.tidy()
     left = sorted(set(os.listdir(tmp_path)) - set(others))
     assert left == [f"checkpoint_{epoch:04d}.pth.tar" for epoch in (2, 5, 6, 7)]
-    RunFolder(tmp_path).save(tensors | {"epoch": 2, "step": 0})  # an earlier one again: later ones stay
-    assert "checkpoint_0007.pth.tar" in os.listdir(tmp_path)
+    said = []
+    other = RunFolder(tmp_path)
+    (tmp_path / ".checkpoint_0008.pth.tar.half.tmp").write_text("")
+    other.start(6, 0, said.append)
+    assert said == [f"note: 2 checkpoint(s) in {tmp_path} were further; their names end in .before now"]
+    left = sorted(set(os.listdir(tmp_path)) - set(others))
+    names = ["2.pth.tar", "5.pth.tar", "6.pth.tar.before", "7.pth.tar.before"]
+    assert left == [f"checkpoint_000{name}" for name in names]
+    assert other.newest_good(print)[0] == tmp_path / "checkpoint_0005.pth.tar"

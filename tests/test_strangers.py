@@ -1,5 +1,6 @@
 """Files from strangers: nothing runs, memory does not fill, and every flipped bit is found."""
 
+import ctypes
 import os
 import random
 import re
@@ -39,6 +40,7 @@ def peak_of(read, path):
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
     def main():
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests left free is not there to be used unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on: proc(5)
         before = peak()
         try:
