@@ -68,15 +68,18 @@ def deviation(**changes):
     return difference.mean().item(), difference.max().item()
 
 
+SLOW = pytest.mark.slow  # compiles
+COMPILED = pytest.param({"compile": True}, marks=SLOW)
 FAST_ON_CUDA = {"amp": "bf16", "channels_last": True, "compile": True}
+FAST = pytest.param(FAST_ON_CUDA, marks=SLOW)
 
 
-@pytest.mark.parametrize("flags", [{"channels_last": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("flags", [{"channels_last": True}, COMPILED], ids=str)
 def test_layout_and_compilation_keep_the_loss_curve(flags):
     assert deviation(**flags)[1] < 1e-5
 
 
-@pytest.mark.parametrize("flags", [{"amp": "bf16"}, {"amp": "fp16"}, FAST_ON_CUDA], ids=str)
+@pytest.mark.parametrize("flags", [{"amp": "bf16"}, {"amp": "fp16"}, FAST], ids=str)
 def test_half_precision_follows_the_loss_curve(flags):
     mean, largest = deviation(**flags)
     assert 0 < mean < 0.006 and largest < 0.05
@@ -198,9 +201,11 @@ def test_momentum_follows_its_weights_into_another_layout():
 
 def test_programs_say_what_they_do_and_take_each_others_checkpoints(folders, tmp_path, cli):
     words = [*MOCO, "--method", "ifm", "--output-dir", tmp_path, folders]
-    code, output, errors = cli(main_moco.main, *words, "--epochs", "1", "--fast", "--amp", "bf16")
+    # bf16 with channels_last on a CPU: maps of 1 x 1 get weight gradients from memory that nobody wrote.
+    fast = ["--fast", "--amp", "bf16", "--no-channels-last"]
+    code, output, errors = cli(main_moco.main, *words, "--epochs", "1", *fast)
     assert code == 0, errors
-    assert "execution: encoders in bf16, channels_last\n--fast turns on: --channels-last\n" in output
+    assert "execution: encoders in bf16\n--fast turns on: nothing more on this device" in output
     code, output, errors = cli(main_moco.main, *words, "--epochs", "2", "--resume", "auto")
     assert code == 0, errors
     assert "note: amp was bf16" in output and "execution: float32\n" in output and "--fast" not in output
@@ -232,6 +237,7 @@ def distributed_losses(rank, world, flags):
     return found
 
 
+@SLOW
 def test_compiled_encoders_work_under_ddp(run_ranks):
     plain, compiled = (run_ranks(2, distributed_losses, flags) for flags in ({}, {"compile": True}))
     for ours, theirs in zip(compiled, plain, strict=True):

@@ -99,11 +99,13 @@ def long_run(tmp_path, monkeypatch, cli):
     return run
 
 
+@pytest.mark.slow
 def test_two_thousand_steps_leave_nothing(long_run):
     record = long_run(STEPS)
     assert record.grown() == set(), record.own[:: EPOCHS // 8]
 
 
+@pytest.mark.slow
 def test_what_grows_is_noticed(long_run):
     """Negative control: leaks of 20 KB in a step, of a file and a thread in every hundredth."""
     kept = []

@@ -101,6 +101,7 @@ def test_blur_is_pils(height, width):
         assert not torch.equal(blurred, PilExact(CPU).blur(pixels, to_device(views[::-1].copy(), CPU)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a compiler")
 def test_compilation_keeps_the_bits():
     """A blend and a blur; the whole takes minutes, and hues bear any rounding (test_hue_of_colours)."""

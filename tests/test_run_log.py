@@ -27,7 +27,7 @@ NUMBERS = {
 }
 START = {
     *("kind", "time", "program", "command", "settings", "versions", "git", "host", "device", "processes"),
-    *("images", "steps", "global_batch", "chance", "epoch", "step"),
+    *("images", "steps", "global_batch", "batchnorm_groups", "chance", "epoch", "step"),
 }
 
 
@@ -74,7 +74,10 @@ def test_the_log_has_every_number_and_those_of_the_console(folders, tmp_path, cl
     assert start["command"][:2] == ["main_moco.py", "-a"] and start["settings"]["method"] == "ifm"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", start["time"])
     assert set(start["versions"]) == {"python", "torch", "torchvision", "numpy", "pillow"}
-    plain = {name: start[name] for name in ("processes", "images", "steps", "global_batch", "epoch", "step")}
+    plain = {
+        name: start[name]
+        for name in ("processes", "images", "steps", "global_batch", "batchnorm_groups", "epoch", "step")
+    }
     assert plain == {"processes": 1, "images": 24, "steps": 3, "global_batch": 8, "epoch": 0, "step": 0}
     assert start["device"] == "cpu" and start["chance"] > math.log(21)
 

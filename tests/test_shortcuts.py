@@ -17,6 +17,7 @@ SMALL = [
 LISTS = ["--epsilon", "0.1", "--seeds", "5"]
 
 
+@pytest.mark.slow
 def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, cli):
     out = tmp_path / "sweep"
     words = ["randbit", *SMALL, *LISTS, "--bits", "2", "--data", folders, "--out", out]

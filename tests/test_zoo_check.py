@@ -83,7 +83,7 @@ def test_checking_takes_little_memory(zipped, checkpoints, cache, tmp_path):
         child.start()
         child.join(30)
         assert child.exitcode == 0
-    assert results.get() < 50 < 200 < results.get()
+    assert results.get() < 100 < 200 < results.get()
     (tmp_path / "large").unlink()
 
 
