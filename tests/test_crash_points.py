@@ -88,6 +88,7 @@ def verdict(place, kind, expected):
     return classify(ResumeOutcome(None, began, complete, difference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Ours, InPlace])
 def test_every_crash_point(tmp_path, kind):
     places = (tmp_path / str(number) for number in itertools.count())

@@ -152,6 +152,7 @@ def test_a_run_of_the_other_kind_is_continued_without_touching_imagenet(tmp_path
     assert (tmp_path / "out" / "train" / "n01440764").is_symlink() != copy
 
 
+@pytest.mark.slow
 def test_the_program_on_the_real_number_of_classes_and_images(tmp_path):
     for count in (1266, 1267, 50):  # many classes may link to one folder of images
         (tmp_path / str(count)).mkdir()

@@ -5,6 +5,7 @@ import re
 import signal
 import time
 
+import pytest
 from started_runs import LONG, SPAWN, Program, all_end
 from test_resume import WORDS, content, pretrained
 
@@ -31,6 +32,7 @@ def torchrun(port, *words, restarts=0):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_torchrun_is_told_to_stop_and_goes_on_and_a_killed_rank_is_started_again(
     folders, tmp_path, free_port, run_ranks
 ):

@@ -74,11 +74,9 @@ def test_the_log_has_every_number_and_those_of_the_console(folders, tmp_path, cl
     assert start["command"][:2] == ["main_moco.py", "-a"] and start["settings"]["method"] == "ifm"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", start["time"])
     assert set(start["versions"]) == {"python", "torch", "torchvision", "numpy", "pillow"}
-    plain = {
-        name: start[name]
-        for name in ("processes", "images", "steps", "global_batch", "batchnorm_groups", "epoch", "step")
-    }
-    assert plain == {"processes": 1, "images": 24, "steps": 3, "global_batch": 8, "epoch": 0, "step": 0}
+    plain = {"processes": 1, "images": 24, "steps": 3, "global_batch": 8, "epoch": 0, "step": 0}
+    plain["batchnorm_groups"] = 1
+    assert {name: start[name] for name in plain} == plain
     assert start["device"] == "cpu" and start["chance"] > math.log(21)
 
     steps = [entry for entry in others if entry["kind"] == "step"]
