@@ -24,6 +24,7 @@ from moco.draws import linear_train
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import run_program
 from moco.execution import Execution, execution_of
+from moco.files import set_aside
 from moco.finish import finisher
 from moco.heads import Layers, check_frozen, freeze_all_but_last
 from moco.launch import launch
@@ -143,6 +144,9 @@ def train(run, first_epoch, best_acc1, confusion):
     best_acc1, confusion: of the best head in its best epoch so far (None: there is none).
     """
     args, process, newest = run.args, run.process, newest_in(run.args.output_dir)
+    if process.is_first and not args.resume:
+        names = "checkpoint.pth.tar", "model_best.pth.tar", "linear.json"
+        set_aside([path for name in names if (path := newest.with_name(name)).is_file()], print)
     frozen = {n: t.clone() for n, t in run.model.module.state_dict().items() if not n.startswith("fc.")}
     for epoch in range(first_epoch, args.epochs):
         for head in run.heads:

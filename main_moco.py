@@ -148,14 +148,13 @@ def pretrain(process, args, folder):
     )  # fmt: skip
     with Signals() as signals, record:
         watch = Watch(signals, process)
-        run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch)
-        run.data, run.chance, run.output, run.record = data, chance, output, record
-        run.knn, run.bits = knn, bits
+        run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch, bits)
+        run.data, run.chance, run.output, run.record, run.knn = data, chance, output, record, knn
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
-        train(run, epoch, step, checkpoint.get("log"))
+        train(run, epoch, step, checkpoint.get("log", {}) | checkpoint.get("noted", {}))
 
 
-def train(run, epoch, step, log_state=None):
+def train(run, epoch, step, log_state):
     """Train from `step` of `epoch` to the end, or until a process is told to stop: then SystemExit ends it.
 
     log_state: of the StepLog of an epoch that is continued.
@@ -182,12 +181,14 @@ def train(run, epoch, step, log_state=None):
             process.say(epoch_line(epoch, means, run.chance, seconds, args.epochs - epoch - 1))
         if process.is_first:
             state = trained_state(run.model, run.optimizer, run.execution.scaler) | {
-                "epoch": epoch + whole, "step": 0 if whole else step, "arch": args.arch,
-                "seed": run.seed, "settings": run.settings, "log": log.state_dict(), "data": run.data,
+                "epoch": epoch + whole, "step": 0 if whole else step, "arch": args.arch, "seed": run.seed,
+                "settings": run.settings, "data": run.data, "log": log.state_dict(), "noted": log.noted(),
             }  # fmt: skip
             path = run.output.save(state)
         if whole:
-            write("epoch", **means, **run.knn(epoch, run.model.module.encoder_q))
+            write("epoch", **means)  # at once: what ends the run now cannot take it along
+            if found := run.knn(epoch, run.model.module.encoder_q):
+                write("epoch", **means, **found)
             told = told or run.watch.last()[0]  # during the evaluation
         if told and not (whole and epoch + 1 == args.epochs):
             run.output.wait()
@@ -226,7 +227,7 @@ def train_epoch(run, epoch, log):
         scaler.update()
         log.update(loss, rank_accuracy(ranks), len(ranks))
         if log.due:
-            log.note(**similarities(q, k, mean_key), **standing(run, epoch, step + 1))
+            log.note(similarities(q, k, mean_key), **standing(run, epoch, step + 1))
         told, bad = run.watch.step(loss)
         if told or bad:
             break

@@ -11,7 +11,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco.bench_pipelines import NAMES, pipelines, stage_shares, turn_of
-from moco.bench_report import in_turns, machine, spread, versions
+from moco.bench_report import in_turns, machine, spread
 from moco.bench_workers import check_shared_memory, end_to_end, transports
 from moco.decoders import decode_simplejpeg, decoder, read_pixels
 from moco.draws import draw, moco_v2
@@ -19,6 +19,7 @@ from moco.errors import UserError
 from moco.photographs import make_photographs
 from moco.photometric import fastest_finish, seconds, to_device
 from moco.progress import Progress
+from moco.versions import versions
 from moco.workers import worker_errors
 
 DEVICE_PAIRS = 512  # for the time of the device half

@@ -75,7 +75,7 @@ def fast_sample(paths, decode, size, resize="torch", photometric=False, cache=No
 def pipelines(paths, size, batch_size, simplejpeg):
     """The pipelines over `paths` by their key in NAMES. simplejpeg: whether it can be used."""
     fastest = decode_simplejpeg if simplejpeg else decode_pillow
-    cache = build(paths, "decoded", Process(0, 1, 0, 1, 1, torch.device("cpu")), fastest)
+    cache = build(paths, "decoded", Process.alone(torch.device("cpu")), fastest)
     samples = {
         "decode_once": fast_sample(paths, decode_pillow, size, "pil", photometric=True),
         "colours_on_device": fast_sample(paths, decode_pillow, size, "pil"),

@@ -5,9 +5,7 @@ import platform
 import textwrap
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 
 from moco.cores import available_cores
 
@@ -29,15 +27,6 @@ def machine(device):
         "cores": available_cores(),
         "load_average": round(os.getloadavg()[0], 1),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    }
-
-
-def versions():
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
     }
 
 

@@ -5,12 +5,13 @@ import time
 
 import torch
 
-from moco.bench_report import in_turns, machine, spread, versions
+from moco.bench_report import in_turns, machine, spread
 from moco.builder import MoCo
 from moco.encoders import base_encoder
 from moco.errors import UserError
 from moco.execution import start_momentum
 from moco.run_folder import RunFolder
+from moco.versions import versions
 
 NAMES = {
     "goes_on": "saved as a run does, until its next step",

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from moco.bench_report import machine, versions
+from moco.bench_report import machine
+from moco.versions import versions
 
 RUN = 126_689 * 200  # images of 200 epochs of ImageNet-100
 NAMES = {

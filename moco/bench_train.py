@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def process(self):
-        return Process(0, 1, 0, 1, 1, self.device)
+        return Process.alone(self.device)
 
     def images(self):
         """Two views, float32 (N, 3, size, size) each, of noise."""

@@ -233,7 +233,9 @@ def _unreadable(path, error):
             f"{path} holds more than tensors and plain values, so reading it could run code; "
             f"refused ({calls[0][:160]})"
         )
-    return f"{path} is damaged or not a checkpoint of torch ({_first_line(error)}); copy or download it again"
+    said = _first_line(error)
+    why = "" if said.startswith("Weights only load failed") else f" ({said})"  # followed by advice of torch's
+    return f"{path} is damaged or not a checkpoint of torch{why}; copy or download it again"
 
 
 def _first_line(error):

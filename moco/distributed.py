@@ -26,6 +26,11 @@ class Process:
     host_processes: int
     device: torch.device
 
+    @classmethod
+    def alone(cls, device):
+        """The only process of a run."""
+        return cls(0, 1, 0, 1, 1, device)
+
     @property
     def is_first(self):
         return self.rank == 0

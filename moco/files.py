@@ -19,6 +19,18 @@ def fsync_path(path):
         os.close(descriptor)
 
 
+AHEAD = ".before"  # what names of files end in that were set aside
+
+
+def set_aside(paths, say):
+    """Give files names that end in AHEAD, in place of what has that name; say is called with a line on it."""
+    for path in paths:
+        os.replace(path, f"{path}{AHEAD}")
+    if paths:
+        many = f"{len(paths)} file(s) of another run in {Path(paths[0]).parent}"
+        say(f"note: {many} are set aside; their names end in {AHEAD} now")
+
+
 def check_free(path, force):
     """Raise UserError unless a file can appear at `path`, with `force` also in place of one that is there."""
     path = Path(path)

@@ -104,7 +104,7 @@ def _join(url, backend, gpu):
         torch.cuda.set_device(device)
     if url is None:
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-        return Process(0, 1, 0, 1, 1, device)
+        return Process.alone(device)
     missing = [name for name in RENDEZVOUS_VARIABLES if url == "env://" and name not in os.environ]
     if missing:
         raise UserError(

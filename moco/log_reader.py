@@ -14,7 +14,7 @@ from moco.errors import UserError
 from moco.pictures import shortened
 
 NAME = "log.jsonl"
-LONGEST = 30  # letters of a run's name
+LONGEST = 45  # letters of a run's name: two such names fill a row of moco.plot's legend
 
 
 @dataclass

@@ -31,7 +31,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
     Everything is a function of these, the number of threads and the machine.
     """
-    import torch
+    from moco.versions import versions
 
     settings = checkpoint["settings"] if checkpoint else untrained
     model = _model(checkpoint, path, settings)
@@ -49,7 +49,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
             "info_nce": loss,
             "info_nce_acc1": accuracy,
         }
-    result["versions"] = _versions(torch)
+    result["versions"] = versions()
     return result
 
 
@@ -75,7 +75,7 @@ def plain_loss(model, folder, settings, device):
     cache = "device" if settings["resize"] == "device" else None
     resize = "torch" if cache else settings["resize"]
     loading = Loading(settings["image_size"], resize, settings["batch_size"], 0, None, cache)
-    process = Process(0, 1, 0, 1, 1, device)
+    process = Process.alone(device)
     aug, seed, epoch = settings["device_aug"], settings["seed"], settings["epochs"]
     loader = loading.training(
         image_folder(folder, "train"), recipe, process, seed,
@@ -115,7 +115,7 @@ def features(encoder, images, size, device, bits=0, seed=0, part=0):
     encoder.eval()
     parts, done = [], 0
     with torch.no_grad():
-        for batch in Loading(size, "pil", 256, 0).validation(images, Process(0, 1, 0, 1, 1, device)):
+        for batch in Loading(size, "pil", 256, 0).validation(images, Process.alone(device)):
             views = normalise(batch.pixels[0])
             indices = range(done, done + len(views))
             if bits:
@@ -178,17 +178,6 @@ def _labels(images):
     import torch
 
     return torch.tensor([(images.target_transform or int)(target) for target in images.targets])
-
-
-def _versions(torch):
-    import platform
-
-    import numpy
-    import PIL
-    import torchvision
-
-    modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "pillow": PIL}
-    return {"python": platform.python_version()} | {n: m.__version__ for n, m in modules.items()}
 
 
 def main():

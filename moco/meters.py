@@ -73,10 +73,12 @@ class StepLog:
         for meter, value in zip((self.loss, self.top1, self.top5), (loss, *accuracies), strict=True):
             meter.update(value, n)
 
-    def note(self, **values):
-        """Numbers or 0-dim. tensors of a step that is `due`, to be written alone."""
-        self._noted = values
-        for name, value in values.items():
+    def note(self, measured, **standing):
+        """What else is to be written of a step that is `due`: numbers or 0-dim. tensors by name, of which
+        those `measured` have a mean over the pass.
+        """
+        self._noted = {**measured, **standing}
+        for name, value in measured.items():
             self._meters.setdefault(name, Meter(name, "g")).update(value)
 
     def means(self):
@@ -96,12 +98,18 @@ class StepLog:
 
     def state_dict(self):
         """The sums of loss and accuracies, for a start that goes on in the middle of the pass."""
-        return {m.name: (torch.as_tensor(m.total).cpu(), m.count) for m in (self.loss, self.top1, self.top5)}
+        return _sums(self.loss, self.top1, self.top5)
+
+    def noted(self):
+        """The same of what was measured, which depends on how often is printed."""
+        return _sums(*self._meters.values())
 
     def load_state_dict(self, state, device):
-        for meter in (self.loss, self.top1, self.top5):
-            total, meter.count = state[meter.name]
-            meter.total = total.to(device)
+        """Go on from the sums of state_dict() and, where they are there, of noted()."""
+        own = {meter.name: meter for meter in (self.loss, self.top1, self.top5)}
+        for name, (total, count) in state.items():
+            meter = own.get(name) or self._meters.setdefault(name, Meter(name, "g"))
+            meter.total, meter.count = total.to(device), count
 
     def _show(self, step):
         times = self._since(self._shown)
@@ -128,6 +136,10 @@ class StepLog:
             "data_seconds": waiting / max(steps, 1),
             "images_per_s": images * self.processes / max(seconds, 1e-9),
         }
+
+
+def _sums(*meters):
+    return {meter.name: (torch.as_tensor(meter.total).cpu(), meter.count) for meter in meters}
 
 
 def epoch_line(epoch, means, chance, seconds, epochs_left):

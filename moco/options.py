@@ -102,8 +102,8 @@ def shared_parser(description, *, epochs, lr, schedule, weight_decay):
     several = {"type": _number_or_word, "nargs": "+"} if isinstance(lr, list) else {"type": float}
     training.add_argument(
         "--lr", "--learning-rate", dest="lr", default=lr, metavar="LR", **several,
-        help="for linear evaluation one or several: a classifier for each in one pass, the best is kept "
-        "(default: %(default)s)",
+        help=("one or several: a classifier for each in one pass, the best is kept " * isinstance(lr, list))
+        + "(default: %(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--seed", type=int, metavar="N", help="same seed, same run (default: drawn and printed)"

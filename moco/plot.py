@@ -66,7 +66,8 @@ def figure_of(logs, names):
     chance is "chance". A quantity that no log has gets no panel; a value that is null leaves a gap.
     """
     panels = _panels(logs)
-    rows, legend_rows = math.ceil(len(panels) / COLUMNS), math.ceil(len(logs) / COLUMNS)
+    beside = COLUMNS if max(map(len, names)) <= 30 else 2  # names in a row of the legend
+    rows, legend_rows = math.ceil(len(panels) / COLUMNS), math.ceil(len(logs) / beside)
     with own_style() as matplotlib:
         size = WIDTH, 0.5 + 2.2 * rows + 0.2 * legend_rows
         figure = matplotlib.figure.Figure(size, layout="constrained")
@@ -82,7 +83,7 @@ def figure_of(logs, names):
             for run in range(len(logs))
         ]
         names = [literal(name) for name in names]
-        figure.legend(handles, names, loc="outside upper left", ncols=COLUMNS, frameon=False)
+        figure.legend(handles, names, loc="outside upper left", ncols=beside, frameon=False)
     return figure
 
 
@@ -129,8 +130,10 @@ def _draw(panel, axis, logs):
         _draw_chance(axis, logs)
     peaks = [max(filter(math.isfinite, line.get_ydata())) for line in axis.lines]
     if panel is LEARNING_RATE and 0 < 10 * min(peaks) < max(peaks):  # one would lie on the axis
+        bottom = min(peaks) / 1000
         axis.set_yscale("log")
-        axis.set_ylim(bottom=min(peaks) / 30)
+        axis.set_ylim(bottom=bottom)
+        axis.set_title(f"{panel.title} (logarithmic, from {bottom:.1g})")
         axis.yaxis.set_major_formatter("{x:g}")
     elif panel.bottom is not None:
         top = axis.get_ylim()[1] if panel.top is None else panel.top
@@ -151,7 +154,8 @@ def _draw_run(panel, axis, log, name, run, look, runs):
         width = 0.7 if faint else 1.4 + wider
         dot = "." if len(steps) == 1 else None
         strength = {"linewidth": width, "alpha": 0.3 if faint else 1}
-        axis.plot(steps_x, steps, **look, **strength, marker=dot, gid=f"{run} {name} steps")
+        drawn = "steps-post" if panel is LEARNING_RATE else "default"  # it is set once an epoch
+        axis.plot(steps_x, steps, drawstyle=drawn, **look, **strength, marker=dot, gid=f"{run} {name} steps")
     if means and not (panel.exact and steps):
         apart = 0.025 * run % 0.12, 0.12  # the first marker and the distances, in diagonals of the panel
         marks = {"marker": _marker(run), "markersize": 4.5, "markevery": 1 if len(means) < 12 else apart}

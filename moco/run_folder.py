@@ -7,9 +7,9 @@ from pathlib import Path
 
 from moco.checkpoint import begin_saving, read_checkpoint, tensor_bytes
 from moco.errors import UserError
+from moco.files import set_aside
 from moco.memory import in_words
 
-AHEAD = ".before"
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 
 
@@ -64,17 +64,12 @@ class RunFolder:
     def start(self, epoch, step, say):
         """Make the folder that of a run which goes on from `step` of `epoch`.
 
-        Checkpoints beyond are of another course, which --resume auto would take up: they get names that end
-        in AHEAD. Half-written files that a killed run left are removed. say: called with a line about it.
+        Checkpoints beyond are of another course, which --resume auto would take up: they are set
+        aside. Half-written files that a killed run left are removed. say: called with a line about it.
         """
         for half in self.path.glob(".checkpoint_*.tmp"):
             half.unlink(missing_ok=True)
-        beyond = [path for path in self.newest_first() if _position(path) > (epoch, step)]
-        for path in beyond:
-            path.replace(f"{path}{AHEAD}")
-        if beyond:
-            many = f"{len(beyond)} checkpoint(s) in {self.path} were further"
-            say(f"note: {many}; their names end in {AHEAD} now")
+        set_aside([path for path in self.newest_first() if _position(path) > (epoch, step)], say)
 
     def lacks_room(self, checkpoint, epochs):
         """Why a run's checkpoints, each like this one, find no room on the disk, or None."""

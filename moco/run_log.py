@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from moco.errors import UserError
+from moco.versions import versions
 
 NAME = "log.jsonl"
 PROJECT = Path(__file__).resolve().parent.parent
@@ -151,19 +152,11 @@ def summary_writer():
 
 def surroundings(program, device):
     """What a start should be repeatable by: time, command line, versions, git state, machine."""
-    import numpy
-    import PIL
-    import torchvision
-
-    modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "pillow": PIL}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "program": program,
         "command": [program, *sys.argv[1:]],
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: str(module.__version__) for name, module in modules.items()},
-        },
+        "versions": versions(),
         "git": git_state(PROJECT),
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -12,7 +12,7 @@ from moco.errors import UserError
 def data_folder(args):
     """The folder that holds train/ and val/, from DIR or --dataset_root and --dataset. Raises UserError."""
     if args.folder and args.dataset_root:
-        raise UserError("give either DIR or --dataset_root, not both")
+        raise UserError(f"give either DIR ({args.folder}) or --dataset_root, not both")
     if args.folder:
         return Path(args.folder)
     if args.dataset_root is None and args.dataset != "trifeature":

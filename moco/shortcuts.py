@@ -105,7 +105,7 @@ def _check_runs(args, runs, data):
     elif 2 * args.image_size not in trifeature.SIZES:
         largest = trifeature.SIZES[-1] // 2
         raise UserError(f"--image-size {args.image_size} is more than Trifeature's {largest}; lower it")
-    process = Process(0, 1, 0, 1, 1, torch.device("cpu"))
+    process = Process.alone(torch.device("cpu"))
     Loading(args.image_size, "pil", args.batch_size).check_batch(images, data, process, args.bn_splits)
 
 

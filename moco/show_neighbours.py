@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from moco import trifeature, zoo
 from moco.checkpoint import check_arch, encoder_state, load_strictly, read_checkpoint
@@ -14,6 +13,7 @@ from moco.data import paths_of
 from moco.decoders import decoder, read_pixels
 from moco.encoders import base_encoder
 from moco.errors import UserError
+from moco.knn import unit_rows
 from moco.pictures import BLUE, RED, WIDTH, literal, own_style, shortened
 from moco.progress import Progress
 from moco.seeds import seeded
@@ -89,7 +89,7 @@ def neighbours_of(process, model, train, val, loading, seed, count, neighbours, 
 def features(model, loader, progress=None):
     """Give for each batch of central views the features (N, D), float32, of length 1."""
     for batch in loader:
-        yield F.normalize(model(normalise(batch.pixels[0])).flatten(1).float(), dim=1)
+        yield unit_rows(model(normalise(batch.pixels[0])))
         if progress:
             progress.update(len(batch.targets))
 

@@ -39,7 +39,7 @@ def whole(folders, tmp_path_factory):
     """The folder of a run on a large disk, and the size of its last file in bytes."""
     place = tmp_path_factory.mktemp("whole")
 
-    pid, output = forked(lambda: run("--output-dir", place, folders), (1, 2))
+    pid, output = forked(lambda: run("--output-dir", place, "-p", "1000", folders), (1, 2))
     said = output.read()
     assert os.waitpid(pid, 0)[1] == 0, said
     return place, (place / "checkpoint_0001.pth.tar").stat().st_size

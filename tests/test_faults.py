@@ -75,7 +75,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_leave_the_checkpoint_befo
     words[words.index("auto")] = tmp_path / "checkpoint_0001.pth.tar"
     code, output, errors = cli(main_moco.main, *words, "--epochs", "4")
     assert code == 0, errors
-    assert "note: 1 checkpoint(s)" in output
+    assert "note: 1 file(s) of another run" in output
     assert checkpoints(tmp_path) == ["checkpoint_0002.pth.tar.before", "checkpoint_0003.pth.tar"]
 
 

@@ -93,3 +93,15 @@ def test_it_goes_on_exactly_after_the_last_whole_epoch(folders, tmp_path, cli, w
     assert (code, errors) == (0, "") and f"--resume auto: {tmp_path / 'checkpoint.pth.tar'}" in output
     assert "Epoch: [1][0/3]" in output and "Epoch: [0]" not in output
     assert same(tmp_path, whole)
+
+
+def test_the_results_of_another_evaluation_are_set_aside(folders, tmp_path, cli):
+    fresh = [word for word in words(folders, tmp_path) if word not in ("--resume", "auto")]
+    names = ["checkpoint.pth.tar", "linear.json", "model_best.pth.tar"]
+    assert cli(main_lincls.main, *fresh)[0] == 0
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    code, output, _ = cli(main_lincls.main, *fresh, "--seed", "4")
+    assert code == 0 and f"note: 3 file(s) of another run in {tmp_path} are set aside" in output
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, *(f"{name}.before" for name in names)])
+    for name in names:
+        assert (tmp_path / f"{name}.before").read_bytes() == before[name] != (tmp_path / name).read_bytes()

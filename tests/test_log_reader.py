@@ -67,6 +67,8 @@ def test_names_are_short_and_no_two_alike(tmp_path):
     assert names("x/a/out", "y/a/out", "z/out") == ["x/a/out", "y/a/out", "z/out"]
     assert names("a", "a") == ["1: a", "2: a"]
     [long] = names("resnet18_" + "very" * 20 + "_seed0")
-    assert len(long) == 30 and long.startswith("resnet18_") and long.endswith("_seed0")
+    assert len(long) == 45 and long.startswith("resnet18_") and long.endswith("_seed0")
+    paper = [f"ifm_moco_v2_epsilon_{epsilon}_imagenet100" for epsilon in ("0.05", "0.1", "0.2")]
+    assert names(*paper) == paper
     alike = names(*("s" * 40 + f"_eps{n}_" + "e" * 40 for n in range(2)))
-    assert "_eps0_" in alike[0] and "_eps1_" in alike[1] and max(map(len, alike)) <= 30
+    assert "_eps0_" in alike[0] and "_eps1_" in alike[1] and max(map(len, alike)) <= 45

@@ -93,6 +93,7 @@ def test_the_log_has_every_number_and_those_of_the_console(folders, tmp_path, cl
     assert re.findall(r"^Epoch.*\t(\d+ images/s)\t", output, re.MULTILINE) == rates
 
     epochs = [entry for entry in others if entry["kind"] == "epoch"]
+    assert epochs.pop(1) == {name: value for name, value in epochs[-1].items() if name != "knn"}  # before kNN
     assert [set(entry) - NUMBERS for entry in epochs] == [{"kind", "epoch"}, {"kind", "epoch", "knn"}]
     means = re.findall(r"^epoch \d: loss (\d\.\d{4})", output, re.MULTILINE)
     assert [f"{entry['loss']:.4f}" for entry in epochs] == means
@@ -131,11 +132,12 @@ def test_seeing_a_run_changes_no_bit_of_it(run_ranks, folders, tmp_path, world):
         words = [*WORDS, "--bn-splits", 2, "-j", 0, *words, "--output-dir", tmp_path / name]
         assert run_ranks(world, pretrained, words, folders) == [0] * world
     unseen, seen, *others = (content(tmp_path / name) for name in runs)
+    assert seen.pop("noted") != unseen.pop("noted")  # what is logged of the steps that are printed
     assert seen == unseen
     others.append(content(tmp_path / "seen", "checkpoint_0000.pth.tar"))
     for other in others:  # negative control
         assert all(seen[name] != other[name] for name in ("state_dict", "optimizer", "log"))
-    assert [len(line.get("knn", {})) for line in lines_of(tmp_path / "seen")[1:]] == [0, 0, 0, 1] * 2
+    assert [len(line.get("knn", {})) for line in lines_of(tmp_path / "seen")[1:]] == [0, 0, 0, 0, 1] * 2
     assert lines_of(tmp_path / "seen")[0]["processes"] == world
     assert (tmp_path / "seen" / "tensorboard").is_dir()
 
@@ -162,7 +164,12 @@ def test_a_signal_while_evaluating_ends_the_run_after_that_epoch(run_ranks, fold
     assert ends == [(PREEMPTED, 1)] * world
     assert checkpoints(tmp_path) == ["checkpoint_0000.pth.tar"]
     before = lines_of(tmp_path)
-    assert [line["kind"] for line in before] == ["start", *["step"] * 3, "epoch"] and "knn" in before[-1]
+    assert [line["kind"] for line in before] == [
+        "start",
+        *["step"] * 3,
+        "epoch",
+        "epoch",
+    ] and "knn" in before[-1]
 
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind":"step","epoch":1,"st')  # as a kill in mid-line leaves it
@@ -173,7 +180,7 @@ def test_a_signal_while_evaluating_ends_the_run_after_that_epoch(run_ranks, fold
     assert [(line["kind"], line["epoch"]) for line in after] == [
         ("start", 1),
         *[("step", 1)] * 3,
-        ("epoch", 1),
+        *[("epoch", 1)] * 2,  # before and after the evaluation
     ]
     assert after[-1]["knn"]
 

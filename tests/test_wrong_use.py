@@ -15,7 +15,7 @@ from moco.encoders import check_image_size
 WRONG = [
     ([], "where are the images?"),
     (["missing"], "there is no folder missing"),
-    (["DATA", "--dataset_root", "DATA"], "give either DIR or --dataset_root"),
+    (["DATA", "--dataset_root", "DATA"], "give either DIR .* or --dataset_root, not both"),
     (["--dataset_root", "DATA"], "there is no folder .*imagenet100"),
     (["DATA", "-a", "resnet5"], "no classification model 'resnet5'; did you mean resnet50?"),
     (["DATA", "-a", "vit_b_16"], "vit_b_16 has no last layer `fc`"),
