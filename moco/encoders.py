@@ -38,15 +38,44 @@ def base_encoder(arch):
 
 def check_image_size(arch, size, flag="--image-size"):
     """Raise UserError that names `flag` when the network `arch` cannot take images of `size` x `size`."""
-    network = without_memory(partial(base_encoder(arch), num_classes=1))
     try:
-        with torch.no_grad():
-            network.eval()(torch.empty(1, 3, size, size, device=next(network.parameters()).device))
+        _look_at(without_memory(partial(base_encoder(arch), num_classes=1)), size)
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:120].rstrip(" .")
         raise UserError(
             f"{arch} cannot take {flag} {size} ({reason}); use a larger one, such as 224"
         ) from error
+
+
+def check_bf16_on_cpu(arch, size):
+    """Raise UserError when images of `size` x `size` leave a strided convolution of `arch` less than a stride.
+
+    torch (2.13 and 2.14, with AVX-512) takes the gradient of such a kernel in bf16 from memory that nobody
+    wrote.
+    """
+    network = without_memory(partial(base_encoder(arch), num_classes=1))
+    smallest = []
+
+    def note(conv, inputs):
+        if max(conv.kernel_size) > 1 and min(inputs[0].shape[2:]) < max(conv.stride):
+            smallest.append(tuple(inputs[0].shape[2:]))
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    _look_at(network, size)
+    if smallest:
+        height, width = min(smallest)
+        raise UserError(
+            f"--amp bf16 on a CPU gives wrong gradients where --image-size {size} leaves a strided convolution "
+            f"of {arch} a map of {height} x {width}; use a larger --image-size, or leave --amp out"
+        )
+
+
+def _look_at(network, size):
+    """Let images pass through a network that may have no memory for its tensors."""
+    with torch.no_grad():
+        network.eval()(torch.empty(1, 3, size, size, device=next(network.parameters()).device))
 
 
 def without_memory(construct):

@@ -15,6 +15,7 @@ from moco.batchnorm import SplitBatchNorm2d
 from moco.builder import MoCo
 from moco.checkpoint import continue_from
 from moco.distributed import Process, wrap
+from moco.encoders import check_bf16_on_cpu
 from moco.errors import UserError
 from moco.execution import Execution, execution_of, start_momentum
 from moco.seeds import shuffle_order
@@ -170,6 +171,15 @@ def test_what_cannot_be_had_is_refused(monkeypatch, cli, folders):
         execution_of(CPU, None, None, True, False)
 
 
+def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(cli, folders):
+    code, _, errors = cli(main_moco.main, *MOCO, "--amp", "bf16", folders)
+    assert code == 2 and "--image-size 16 leaves a strided convolution of resnet18 a map of 1 x 1" in errors
+    for arch, size in (("resnet18", 17), ("resnet50", 32), ("shufflenet_v2_x0_5", 17), ("regnet_y_400mf", 17)):
+        check_bf16_on_cpu(arch, size)
+        with pytest.raises(UserError, match="wrong gradients"):
+            check_bf16_on_cpu(arch, 16)
+
+
 def test_fp16_survives_a_first_step_that_overflows():
     losses, model = curve(amp="fp16", init_scale=2.0**26)
     assert losses.isfinite().all()
@@ -201,12 +211,12 @@ def test_momentum_follows_its_weights_into_another_layout():
 
 def test_programs_say_what_they_do_and_take_each_others_checkpoints(folders, tmp_path, cli):
     words = [*MOCO, "--method", "ifm", "--output-dir", tmp_path, folders]
-    # bf16 with channels_last on a CPU: maps of 1 x 1 get weight gradients from memory that nobody wrote.
-    fast = ["--fast", "--amp", "bf16", "--no-channels-last"]
+    fast = ["--fast", "--amp", "bf16", "--image-size", "32"]
     code, output, errors = cli(main_moco.main, *words, "--epochs", "1", *fast)
     assert code == 0, errors
-    assert "execution: encoders in bf16\n--fast turns on: nothing more on this device" in output
-    code, output, errors = cli(main_moco.main, *words, "--epochs", "2", "--resume", "auto")
+    assert "execution: encoders in bf16, channels_last\n--fast turns on: --channels-last\n" in output
+    again = [*words, "--epochs", "2", "--resume", "auto", "--image-size", "32"]
+    code, output, errors = cli(main_moco.main, *again)
     assert code == 0, errors
     assert "note: amp was bf16" in output and "execution: float32\n" in output and "--fast" not in output
     path = tmp_path / "checkpoint_0001.pth.tar"
