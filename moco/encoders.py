@@ -48,10 +48,9 @@ def check_image_size(arch, size, flag="--image-size"):
 
 
 def check_bf16_on_cpu(arch, size):
-    """Raise UserError when images of `size` x `size` leave a strided convolution of `arch` less than a stride.
+    """Raise UserError when images of `size` x `size` leave a convolution of `arch` less than its stride.
 
-    torch (2.13 and 2.14, with AVX-512) takes the gradient of such a kernel in bf16 from memory that nobody
-    wrote.
+    torch 2.14 takes the gradient of such a kernel in bf16 from memory that nobody wrote.
     """
     network = without_memory(partial(base_encoder(arch), num_classes=1))
     smallest = []
@@ -67,8 +66,8 @@ def check_bf16_on_cpu(arch, size):
     if smallest:
         height, width = min(smallest)
         raise UserError(
-            f"--amp bf16 on a CPU gives wrong gradients where --image-size {size} leaves a strided convolution "
-            f"of {arch} a map of {height} x {width}; use a larger --image-size, or leave --amp out"
+            f"--amp bf16 on a CPU gives wrong gradients where --image-size {size} leaves a strided "
+            f"convolution of {arch} a map of {height} x {width}; use a larger size, or leave --amp out"
         )
 
 

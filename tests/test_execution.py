@@ -174,8 +174,8 @@ def test_what_cannot_be_had_is_refused(monkeypatch, cli, folders):
 def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(cli, folders):
     code, _, errors = cli(main_moco.main, *MOCO, "--amp", "bf16", folders)
     assert code == 2 and "--image-size 16 leaves a strided convolution of resnet18 a map of 1 x 1" in errors
-    for arch, size in (("resnet18", 17), ("resnet50", 32), ("shufflenet_v2_x0_5", 17), ("regnet_y_400mf", 17)):
-        check_bf16_on_cpu(arch, size)
+    for arch in ("resnet18", "shufflenet_v2_x0_5", "regnet_y_400mf"):
+        check_bf16_on_cpu(arch, 17)
         with pytest.raises(UserError, match="wrong gradients"):
             check_bf16_on_cpu(arch, 16)
 
