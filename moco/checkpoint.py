@@ -25,20 +25,18 @@ def save_checkpoint(checkpoint, path):
     It is sealed (moco.seal), by which read_checkpoint finds out whether a bit has flipped. Raises UserError
     when the disk is full or the folder cannot be written to.
     """
-    begin_saving(checkpoint, path)()
-
-
-def begin_saving(checkpoint, path):
-    """The first half of save_checkpoint, after which the tensors may change. Returns the second, a function
-    that waits for the disk and gives the file its name. Both raise UserError as save_checkpoint does.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_writing(path, tensor_bytes(checkpoint)))
-        temporary = stack.enter_context(atomic_file(path))
-        stack.enter_context(sealed(temporary))
+    with _writing(path, tensor_bytes(checkpoint)), atomic_file(path) as temporary, sealed(temporary):
         with worker_errors():  # a data worker's death is a RuntimeError too, raised wherever the program is
             torch.save(checkpoint, temporary)
-        return stack.pop_all().close
+
+
+def copied(value):
+    """The same dicts, lists, tuples and plain values, with copies of all tensors, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moco.checkpoint import begin_saving, read_checkpoint, tensor_bytes
+from moco.checkpoint import copied, read_checkpoint, save_checkpoint, tensor_bytes
 from moco.errors import UserError
 from moco.files import set_aside
 from moco.memory import in_words
@@ -37,7 +37,7 @@ class RunFolder:
         name = f"checkpoint_{epoch:04d}_{step:06d}" if step else f"checkpoint_{epoch - 1:04d}"
         self._newest = self.path / f"{name}.pth.tar"
         thread = ThreadPoolExecutor(1)  # which Python waits for before it ends
-        self._under_way = thread.submit(begin_saving(checkpoint, self._newest))
+        self._under_way = thread.submit(save_checkpoint, copied(checkpoint), self._newest)
         thread.shutdown(wait=False)
         return self._newest
 
