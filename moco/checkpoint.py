@@ -18,6 +18,12 @@ from moco.workers import worker_errors
 WRAPPER_PREFIX = "module."
 COMPILE_MARK = "_orig_mod."
 
+# What entries of a checkpoint are, where there are any.
+KINDS = {
+    "epoch": int, "step": int, "seed": int, "arch": str, "best_acc1": (int, float, torch.Tensor),
+    **dict.fromkeys(("optimizer", "scaler", "settings", "data", "log", "noted"), dict), "heads": list,
+}  # fmt: skip
+
 
 def save_checkpoint(checkpoint, path):
     """Write a dict of tensors and plain values; `path` shows the old file or the whole new one, never a part.
@@ -25,9 +31,11 @@ def save_checkpoint(checkpoint, path):
     It is sealed (moco.seal), by which read_checkpoint finds out whether a bit has flipped. Raises UserError
     when the disk is full or the folder cannot be written to.
     """
-    with _writing(path, tensor_bytes(checkpoint)), atomic_file(path) as temporary, sealed(temporary):
-        with worker_errors():  # a data worker's death is a RuntimeError too, raised wherever the program is
-            torch.save(checkpoint, temporary)
+    with (
+        _writing(path, tensor_bytes(checkpoint)), atomic_file(path) as temporary, sealed(temporary),
+        worker_errors(),  # a data worker's death is a RuntimeError too, raised wherever the program is
+    ):  # fmt: skip
+        torch.save(checkpoint, temporary)
 
 
 def copied(value):
@@ -83,7 +91,20 @@ def read_checkpoint(path):
     )
     if not (named_tensors and state):
         raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
+    _check_kinds(checkpoint, path)
     return {**checkpoint, "state_dict": plain_names(state)}
+
+
+def _check_kinds(checkpoint, path):
+    """Raise UserError when an entry is not what this program, and others, put there."""
+    for name, kind in KINDS.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            found = type(checkpoint[name]).__name__
+            raise UserError(f"{path} is no checkpoint of this program: its entry {name} is of type {found}")
+    for name in ("log", "noted"):
+        for pair in checkpoint.get(name, {}).values():
+            if not (isinstance(pair, tuple) and list(map(type, pair)) == [torch.Tensor, int]):
+                raise UserError(f"{path} is no checkpoint of this program: its entry {name} holds no sums")
 
 
 def tensor_bytes(value):

@@ -18,7 +18,7 @@ from moco.cores import available_cores
 from moco.distributed import Process, check_agreement, everybodys
 from moco.errors import UserError
 from moco.meeting import code_hash, enter_group, peer_loss
-from moco.watch import PREEMPTED, SIGNALS, end_without
+from moco.watch import PREEMPTED, SIGNALS, end_without, nothing_to_save
 from moco.workers import worker_errors
 
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
@@ -76,9 +76,10 @@ def launch(worker, arguments, *, nodes=-1, node_rank=-1, url=None, backend=None,
 
 def _run(worker, arguments, url, backend, gpu):
     try:
-        process = _join(url, backend, gpu)
-        with worker_errors():  # the death of a data worker can surface anywhere in the program
-            worker(process, *arguments)
+        with nothing_to_save():
+            process = _join(url, backend, gpu)
+            with worker_errors():  # the death of a data worker can surface anywhere in the program
+                worker(process, *arguments)
     except RuntimeError as error:
         if dist.is_initialized() and (lost := peer_loss(error)):
             raise UserError(lost) from error

@@ -31,15 +31,17 @@ def same_course(checkpoint, source, data, settings, say):
         if name in before and before[name] != settings[name]:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{source} is of a run with {flag} {before[name]}, not {settings[name]}")
-    for name, value in checkpoint.get("data", {}).items():
-        if value != data[name] and checkpoint["step"]:
+    step, of_before = checkpoint.get("step"), checkpoint.get("data", {})
+    for name, here in data.items():
+        value = of_before.get(name, here)
+        if value != here and step:
             raise UserError(
                 f"{source} stands in the middle of an epoch of {value} {name.replace('_', ' ')}, and here it "
-                f"would be {data[name]}: go on with the same data, -b, --bn-splits and number of processes"
+                f"would be {here}: go on with the same data, -b, --bn-splits and number of processes"
             )
-        if value != data[name]:
-            say(f"note: {name} was {value} in {source} and is {data[name]} from here on")
-    if checkpoint.get("step") and before.get("seed", settings["seed"]) != settings["seed"]:
+        if value != here:
+            say(f"note: {name} was {value} in {source} and is {here} from here on")
+    if step and before.get("seed", settings["seed"]) != settings["seed"]:
         raise UserError(
             f"{source} stands in the middle of an epoch of --seed {before['seed']}, whose other half --seed "
             f"{settings['seed']} does not know: go on with the same, or leave the flag out"

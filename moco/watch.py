@@ -5,6 +5,7 @@ process tells the others what it has seen, in a message of two numbers that trav
 computes, and all of them read the same answer at the same step.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -24,8 +25,7 @@ SAME = 1.0  # seconds in which a signal that comes twice, from the terminal and 
 class Signals:
     """Remembers the first of SIGNALS while the block runs; a second one ends the process at once.
 
-    `name` of the first, such as "SIGTERM", or None. Outside the main thread, or where a signal cannot be
-    caught, nothing is.
+    `name` of the first, such as "SIGTERM", or None. For the main thread.
     """
 
     name = None
@@ -45,6 +45,24 @@ class Signals:
             self.name, self._when = signal.Signals(number).name, now
         elif now - self._when > SAME:
             os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def nothing_to_save():
+    """While the block runs and no Signals are heard, SIGTERM and SIGUSR1 end it at once, as what can go on.
+
+    SIGINT does as ever, by KeyboardInterrupt.
+    """
+
+    def leave(number, _):
+        raise SystemExit(PREEMPTED)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_without(parent):

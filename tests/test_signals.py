@@ -52,6 +52,21 @@ def test_a_signal_to_the_parent_stops_the_ranks_which_go_on_exactly(
     assert content(tmp_path, "checkpoint_0000.pth.tar") != expected  # negative control
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_run_that_has_nothing_to_save_ends_as_one_that_can_go_on(
+    cli, folders, tmp_path, monkeypatch, number
+):
+    def told(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(main_moco, "start_from", told)
+    code, _, errors = cli(main_moco.main, *WORDS, "-j", "0", folders, "--output-dir", tmp_path)
+    assert (code, errors) == (PREEMPTED, "") and checkpoints(tmp_path) == []
+    assert signal.getsignal(number) is handler
+
+
 def stand_still():
     print("standing", flush=True)
     time.sleep(60)

@@ -94,6 +94,26 @@ def test_a_tensor_that_says_it_is_larger_than_its_file_is_refused(folders, tmp_p
     assert {"state_dict": "does not fit this model", "optimizer": "the optimizer state in"}[entry] in errors
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("epoch", "1"), ("step", 1.5), ("seed", None), ("arch", 18), ("settings", [1]), ("data", "x"),
+        ("optimizer", []), ("log", {"Loss": 1.0}), ("noted", {"x": (1.0, 1)}), ("heads", {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_entry_of_another_type_is_named(tmp_path, entry, value):
+    path, good = (
+        tmp_path / "x.pth.tar",
+        {"log": {"Loss": (torch.zeros(()), 3)}, **upstream_layout(mlp=True)[0]},
+    )
+    save_checkpoint(good, path)
+    read_checkpoint(path)
+    save_checkpoint({**good, entry: value}, path)
+    with pytest.raises(UserError, match=f"its entry {entry} "):
+        read_checkpoint(path)
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     path, chance = tmp_path / "checkpoint_0000.pth.tar", random.Random(0)
     save_checkpoint(upstream_layout(mlp=True)[0], path)
