@@ -19,22 +19,23 @@ WRAPPER_PREFIX = "module."
 COMPILE_MARK = "_orig_mod."
 
 
-def save_checkpoint(checkpoint, path):
+def save_checkpoint(checkpoint, path, before=None):
     """Write a dict of tensors and plain values; `path` shows the old file or the whole new one, never a part.
+    before: the name that the old one gets, if it is to stay.
 
     It is sealed (moco.seal), by which read_checkpoint finds out whether a bit has flipped. Raises UserError
     when the disk is full or the folder cannot be written to.
     """
-    begin_saving(checkpoint, path)()
+    begin_saving(checkpoint, path, before)()
 
 
-def begin_saving(checkpoint, path):
+def begin_saving(checkpoint, path, before=None):
     """The first half of save_checkpoint, after which the tensors may change. Returns the second, a function
     that waits for the disk and gives the file its name. Both raise UserError as save_checkpoint does.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_writing(path, tensor_bytes(checkpoint)))
-        temporary = stack.enter_context(atomic_file(path))
+        temporary = stack.enter_context(atomic_file(path, before))
         stack.enter_context(sealed(temporary))
         with worker_errors():  # a data worker's death is a RuntimeError too, raised wherever the program is
             torch.save(checkpoint, temporary)

@@ -45,6 +45,32 @@ def accuracies(heads, reached, best):
         yield f"   of --lr {heads[best].lr:g}; Acc@1 of each --lr: {', '.join(each)}"
 
 
+def epoch_entry(heads, best, losses, reached, log, shown):
+    """An epoch for linear.jsonl: of head number `best` its means over the training, as in the lines of steps,
+    and its accuracies in validation; and of every head both (null in one that has diverged).
+
+    losses, (top-1, top-5) in `reached`: of each; log: the best one's StepLog, shown: which kept the time.
+    """
+    own = {"loss": losses[best], "acc1": log.top1.mean, "acc5": log.top5.mean, **heads[best].rates}
+    each = [
+        {"lr": head.lr, "diverged": head.diverged}
+        | dict.fromkeys(("loss", "val_acc1", "val_acc5"))
+        | ({} if head.diverged is not None else {"loss": loss, "val_acc1": acc1, "val_acc5": acc5})
+        for head, loss, (acc1, acc5) in zip(heads, losses, reached, strict=True)
+    ]
+    return shown.means() | own | {"val_acc1": reached[best][0], "val_acc5": reached[best][1], "heads": each}
+
+
+def finish(path, heads, place, shared):
+    """`write` the report of a run that stands at a Place (moco.linear_checkpoint); its `lines`.
+
+    shared: entries of its checkpoints. Raises UserError.
+    """
+    names = shared["classes"]
+    write(path, heads, names, place.confusion, seed=shared["seed"])
+    return lines(heads, names, place.confusion, place.best_acc1, path)
+
+
 def lines(heads, names, confusion, best_acc1, path):
     """What is printed at the end: the table, the worst classes of the best head, and its accuracy.
 
