@@ -168,7 +168,7 @@ def train(run, place):
 
         reached, best, confused = found
         heads.record(run.heads, epoch, losses, reached)
-        means = linear_report.epoch_entry(run.heads, best, losses, reached, logs[best], shown)
+        means = linear_report.epoch_entry(run.heads, best, losses, reached, logs, shown)
         run.record.write("epoch", epoch=epoch, **means, memory_mb=peak_megabytes(process.device))
         place.epoch, place.step, place.logs = epoch + 1, 0, ()
         if is_best := reached[best][0] > place.best_acc1:

@@ -45,20 +45,21 @@ def accuracies(heads, reached, best):
         yield f"   of --lr {heads[best].lr:g}; Acc@1 of each --lr: {', '.join(each)}"
 
 
-def epoch_entry(heads, best, losses, reached, log, shown):
-    """An epoch for linear.jsonl: of head number `best` its means over the training, as in the lines of steps,
-    and its accuracies in validation; and of every head both (null in one that has diverged).
+def epoch_entry(heads, best, losses, reached, logs, shown):
+    """An epoch for linear.jsonl: the entry of head number `best`, and those of all as `heads`.
 
-    losses, (top-1, top-5) in `reached`: of each; log: the best one's StepLog, shown: which kept the time.
+    A head's: its learning rates, means of loss and accuracies (of this process) in training, and accuracies
+    in validation; all but the first null in one that has diverged. losses, (top-1, top-5) in `reached`,
+    StepLogs in `logs`: of each; shown: the log that kept the time.
     """
-    own = {"loss": losses[best], "acc1": log.top1.mean, "acc5": log.top5.mean, **heads[best].rates}
-    each = [
-        {"lr": head.lr, "diverged": head.diverged}
-        | dict.fromkeys(("loss", "val_acc1", "val_acc5"))
-        | ({} if head.diverged is not None else {"loss": loss, "val_acc1": acc1, "val_acc5": acc5})
-        for head, loss, (acc1, acc5) in zip(heads, losses, reached, strict=True)
-    ]
-    return shown.means() | own | {"val_acc1": reached[best][0], "val_acc5": reached[best][1], "heads": each}
+    entries = []
+    for head, loss, (val_acc1, val_acc5), log in zip(heads, losses, reached, logs, strict=True):
+        measured = {"loss": loss, "acc1": log.top1.mean, "acc5": log.top5.mean}
+        measured |= {"val_acc1": val_acc1, "val_acc5": val_acc5}
+        if head.diverged is not None:
+            measured = dict.fromkeys(measured)
+        entries.append({**head.rates, **measured, "diverged": head.diverged})
+    return shown.means() | entries[best] | {"heads": entries}
 
 
 def finish(path, heads, place, shared):

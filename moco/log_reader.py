@@ -80,6 +80,20 @@ def read_log(path, note=None):
     return RunLog(path, starts, *by_place)
 
 
+def by_head(log, name):
+    """(RunLog, name) for each classifier of a linear evaluation with several; of another log, it and `name`.
+
+    They have no steps: the lines of those are of one at a time, the best so far.
+    """
+    lines = {}
+    for entry in log.epochs:
+        for own in entry["heads"] if isinstance(entry.get("heads"), list) else ():
+            lines.setdefault(own["head"], []).append(entry | own)
+    if len(lines) < 2:
+        return [(log, name)]
+    return [(RunLog(log.path, log.starts, [], epochs), f"{name} --lr {lr:g}") for lr, epochs in lines.items()]
+
+
 def run_names(paths):
     """A short name for each log file, no two alike: that of its folder, with those above it if need be."""
     parts = []
