@@ -114,8 +114,8 @@ def evaluate_features(process, args, folder):
     of_lrs = heads.make_heads(model.module.fc, *sgd, execution.new_scaler)
     place = Place(args.start_epoch)
     if resumed and not args.evaluate:
-        same_course(checkpoint, source, data, chosen, say)
         place = restore(of_lrs, checkpoint, source, args.epochs)
+        same_course(checkpoint, source, data, chosen, say)
 
     for line in (
         "{images} training and {validation_images} validation images".format(**data)
