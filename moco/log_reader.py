@@ -88,7 +88,8 @@ def by_head(log, name):
     lines = {}
     for entry in log.epochs:
         for own in entry["heads"] if isinstance(entry.get("heads"), list) else ():
-            lines.setdefault(own["head"], []).append(entry | own)
+            if isinstance(own, dict) and _is_number(own.get("head")):
+                lines.setdefault(own["head"], []).append(entry | own)
     if len(lines) < 2:
         return [(log, name)]
     return [(RunLog(log.path, log.starts, [], epochs), f"{name} --lr {lr:g}") for lr, epochs in lines.items()]
