@@ -6,6 +6,7 @@ python main_lincls.py --lr 1 3 10 30 ...    trains a classifier per value in one
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,21 +18,23 @@ from torch import nn
 
 from moco import heads, linear_report, trifeature, zoo
 from moco.bad_images import BadImages
-from moco.checkpoint import check_arch, encoder_state, load_strictly, read_checkpoint, save_checkpoint
 from moco.data import labelled_folders, paths_of
 from moco.distributed import Process, check_agreement, everybodys, from_first, wrap
 from moco.draws import linear_train
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import run_program
 from moco.execution import Execution, execution_of
-from moco.files import set_aside
 from moco.finish import finisher
 from moco.heads import Layers, check_frozen, freeze_all_but_last
 from moco.launch import launch
-from moco.linear_options import check, newest_in, parse_args, what_is_kept
+from moco.linear_checkpoint import Place, restore
+from moco.linear_folder import LinearFolder
+from moco.linear_options import check, goes_on, notes, parse_args
+from moco.memory import peak_megabytes
 from moco.meters import accuracy, top_classes
+from moco.resume import same_classes, same_course, start_from
+from moco.run_log import RunLog, start_log
 from moco.run_settings import check_output, data_folder, fast_line, loading_line, loading_of, settings
-from moco.schedules import learning_rate, set_learning_rate
 from moco.seeds import run_seed
 from moco.views import normalise
 from moco.watch import Signals, Watch
@@ -44,7 +47,7 @@ def main():
     check_output(args.output_dir)
     folder = data_folder(args)
     labelled_folders(folder, args.target)
-    if args.pretrained and not args.resume:  # which holds the features too
+    if args.pretrained and not goes_on(args):  # the checkpoint holds the features too
         args.pretrained = str(zoo.resolve(args.pretrained))  # last, as it may download
     launch(
         evaluate_features, (args, folder),
@@ -59,31 +62,31 @@ class Run:
 
     args: argparse.Namespace
     process: Process
-    seed: int
+    output: LinearFolder
     loader: Any
     val_loader: Any
-    names: list  # of the classes
     finish: Callable
     bad_image_lines: Callable  # of an epoch
     execution: Execution
     model: nn.Module
     heads: list
+    shared: dict  # entries of every checkpoint
     watch: Watch
-    newest: str  # the checkpoint that has the last finished epoch, if there is one
     print_freq: int  # 0 where nothing is printed
+    record: RunLog = RunLog()
 
 
 def evaluate_features(process, args, folder):
     """Train and validate the classifiers in one process of the run."""
-    say = process.say
-    source = args.resume or args.pretrained
-    checkpoint = read_checkpoint(source) if source else {}
-    check_arch(checkpoint, args.arch, source)
+    say, output = process.say, LinearFolder(args.output_dir)
+    resumed, checkpoint = start_from(process, args.resume, output, args.arch, say, args.pretrained)
+    source = resumed or args.pretrained
     execution = execution_of(process.device, args.amp, args.channels_last, args.compile, args.fast)
-    seed = from_first(run_seed(args.seed, checkpoint if args.resume else {}))
+    seed = from_first(run_seed(args.seed, checkpoint if resumed else {}))
 
     # Data: training samples are shared out batch by batch, validation images one by one.
     train_images, val_images, classes = labelled_folders(folder, args.target)
+    names = list(trifeature.FACTORS[args.target] if args.target else train_images.classes)
     device_aug, loading = loading_of(args, process.device)
     bad_images = BadImages(args.on_bad_image, len(train_images), seed)
     loader = loading.training(
@@ -93,102 +96,103 @@ def evaluate_features(process, args, folder):
     val_loader = loading.validation(val_images, process)
     finish, how = finisher(device_aug, linear_train(), process.device)
     chosen = settings(args, device_aug, loading, execution, seed)
-    sizes = {"images": len(train_images), "validation images": len(val_images), "classes": classes}
-    check_agreement(chosen | sizes)
+    data = {"images": len(train_images), "validation_images": len(val_images)}
+    data |= {"global_batch": loader.batch_sampler.global_batch, "processes": process.world_size}
+    alike = {"classes": names, "start_epoch": args.start_epoch, "checkpoint": str(source)}
+    check_agreement(chosen | data | alike)
 
     # Model: everything is frozen but the last layer, which starts small, the same for every learning rate.
     torch.manual_seed(seed)
     model = base_encoder(args.arch)(num_classes=classes)
-    freeze_all_but_last(model)
-    if args.resume:
-        load_strictly(model, checkpoint["state_dict"], source)
-    elif args.pretrained:
-        load_strictly(model, encoder_state(checkpoint, source), source, may_miss=("fc.weight", "fc.bias"))
-    lrs = args.lr[:1] if args.evaluate else args.lr
-    model.fc = Layers(model.fc, len(lrs))
+    if resumed:
+        same_classes(checkpoint, source, names)
+    freeze_all_but_last(model, checkpoint, source, resumed)
+    model.fc = Layers(model.fc, len(args.lr))
     execution.prepare(model)
     model = wrap(model.to(process.device), process)
-    of_lrs = heads.make_heads(model.module.fc, lrs, args.momentum, args.weight_decay, execution.new_scaler)
-    start = args.start_epoch, 0.0, None
-    if args.resume and not args.evaluate:
-        start = heads.restore(of_lrs, checkpoint, source, args.epochs)
+    sgd = args.lr, args.momentum, args.weight_decay
+    of_lrs = heads.make_heads(model.module.fc, *sgd, execution.new_scaler)
+    place = Place(args.start_epoch)
+    if resumed and not args.evaluate:
+        place = restore(of_lrs, checkpoint, source, args.epochs)
+        same_course(checkpoint, source, data, chosen, say)
 
-    counts = "{} training and {} validation images of {}, {} classes; seed {}"
-    say(counts.format(len(train_images), len(val_images), folder, classes, seed))
-    say(loading_line(loader, loading))
-    say(how)
-    say(execution)
-    if args.fast:
-        say(fast_line(args, chosen))
-    say(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
-    if len(lrs) > 1:
-        say(f"{len(lrs)} classifiers; the lines of steps show the best so far, at first --lr {lrs[0]:g}")
+    for line in (
+        "{images} training and {validation_images} validation images".format(**data)
+        + f" of {folder}, {classes} classes; seed {seed}",
+        *(loading_line(loader, loading), how, execution),
+        *([fast_line(args, chosen)] if args.fast else []),
+        *notes(args.lr, source),
+    ):
+        say(line)
 
-    names = trifeature.FACTORS[args.target] if args.target else train_images.classes
-    lines = partial(bad_images.lines, paths=paths_of(train_images))
+    shared = {"arch": args.arch, "seed": seed, "settings": chosen, "data": data, "classes": names}
     with Signals() as signals:
         run = Run(
-            args, process, seed, loader, val_loader, names, finish, lines, execution, model, of_lrs,
-            Watch(signals, process), args.resume, args.print_freq if process.is_first else 0,
+            args, process, output, loader, val_loader, finish,
+            partial(bad_images.lines, paths=paths_of(train_images)), execution, model, of_lrs, shared,
+            Watch(signals, process), args.print_freq * process.is_first,
         )  # fmt: skip
         if args.evaluate:
-            for line in linear_report.worst_classes(validate(run, 0)[2], names):
+            found = validate(run) or run.watch.leave("in the validation", "it is not finished")
+            for line in linear_report.worst_classes(found[2], names):
                 say(line)
-        else:
-            train(run, *start)
+            return
+        if process.is_first:
+            output.start(resumed, say)
+        with start_log(
+            args.output_dir, process, False, "main_lincls.py", linear=True, settings=chosen, **data,
+            classes=classes, steps=len(loader), chance=math.log(classes), epoch=place.epoch, step=place.step,
+        ) as run.record:  # fmt: skip
+            train(run, place)
 
 
-def train(run, first_epoch, best_acc1, confusion):
-    """Train from an epoch to the end, or until a process is told to stop, and report.
-
-    best_acc1, confusion: of the best head in its best epoch so far (None: there is none).
-    """
-    args, process, newest = run.args, run.process, newest_in(run.args.output_dir)
-    if process.is_first and not args.resume:
-        names = "checkpoint.pth.tar", "model_best.pth.tar", "linear.json"
-        set_aside([path for name in names if (path := newest.with_name(name)).is_file()], print)
+def train(run, place):
+    """Train from a Place to the end, or until a process is told to stop: then SystemExit ends it. Report."""
+    args, process, batches, output = run.args, run.process, run.loader.batch_sampler, run.output
     frozen = {n: t.clone() for n, t in run.model.module.state_dict().items() if not n.startswith("fc.")}
-    for epoch in range(first_epoch, args.epochs):
-        for head in run.heads:
-            lr = learning_rate(head.lr, epoch, args.epochs, milestones=args.schedule)
-            set_learning_rate(head.optimizer, lr)
-        run.loader.batch_sampler.epoch = epoch
-        losses = train_epoch(run, epoch)
+    kept = f"{output.newest} has it all; --resume auto goes on"
+    for epoch in range(place.epoch, args.epochs):
+        heads.set_learning_rates(run.heads, epoch, args.epochs, args.schedule)
+        batches.epoch, batches.first = epoch, place.step
+        logs, shown = heads.epoch_logs(run.heads, place, run.loader, run.print_freq, process, run.record)
+        step, told, losses = train_epoch(run, epoch, logs, shown)
         for line in run.bad_image_lines(epoch):
             process.say(line)
-        reached, best, confused = validate(run, epoch)
-        if epoch == first_epoch:
-            check_frozen(run.model.module, frozen)
+        if told or (found := validate(run)) is None:
+            place.step, place.logs = step, everybodys([log.state_dict() for log in logs])
+            if process.is_first:
+                output.save(run.heads, place, run.model.state_dict(), run.shared)
+            run.watch.leave(f"in epoch {epoch} after {step} of {len(batches)} steps", kept)
+        check_frozen(run.model.module, frozen)
 
+        reached, best, confused = found
         heads.record(run.heads, epoch, losses, reached)
-        if is_best := reached[best][0] > best_acc1:
-            best_acc1, confusion = reached[best][0], confused
+        means = linear_report.epoch_entry(run.heads, best, losses, reached, logs, shown)
+        run.record.write("epoch", epoch=epoch, **means, memory_mb=peak_megabytes(process.device))
+        place.epoch, place.step, place.logs = epoch + 1, 0, ()
+        if is_best := reached[best][0] > place.best_acc1:
+            place.best_acc1, place.confusion = reached[best][0], confused
         if process.is_first:
-            shared = {"arch": args.arch, "best_acc1": best_acc1, "seed": run.seed}
-            tensors = run.model.state_dict()
-            if is_best:  # first: an end between the two files leaves the epoch to be done again
-                state = heads.checkpoint_of(run.heads, run.heads[best], epoch + 1, tensors, shared)
-                save_checkpoint(state, newest.with_name("model_best.pth.tar"))
-            state = heads.checkpoint_of(run.heads, heads.leader(run.heads), epoch + 1, tensors, shared)
-            state |= {"heads": [head.state_dict(epoch + 1) for head in run.heads], "confusion": confusion}
-            save_checkpoint(state, newest)
-        run.newest = str(newest)
+            output.save(run.heads, place, run.model.state_dict(), run.shared, best if is_best else None)
+        if run.watch.last()[0] and epoch + 1 < args.epochs:
+            run.watch.leave(f"after epoch {epoch}", kept)
     if process.is_first:
-        report = newest.with_name("linear.json")
-        linear_report.write(report, run.heads, run.names, confusion, seed=run.seed)
-        for line in linear_report.lines(run.heads, run.names, confusion, best_acc1, report):
+        for line in linear_report.finish(output.report, run.heads, place, run.shared):
             print(line)
+        output.tidy()
 
 
-def train_epoch(run, epoch):
-    """One pass over the training data with the backbone in evaluation mode, so that its BatchNorm stays
-    as it is. Returns the mean loss of every head over all processes.
+def train_epoch(run, epoch, logs, shown):
+    """Train on what is left of an epoch, unless a process of the run is told to stop; with the backbone in
+    evaluation mode, so that its BatchNorm stays as it is. Returns how many of its steps are done, whether one
+    was told, and the mean loss of every head over all processes.
 
-    Raises UserError when no head has a finite loss left.
+    logs: of each head; shown: the one that prints. Raises UserError when no head has a finite loss left.
     """
     run.model.eval()
-    logs, shown = heads.step_logs(f"Epoch: [{epoch}]", run.loader, run.heads, run.print_freq)
-    for batch in shown.steps():
+    step = shown.first - 1
+    for step, batch in enumerate(shown.steps(), shown.first):  # noqa: B007, how many it was counts
         [images], target = run.finish(batch), batch.targets
 
         with run.execution.autocast():
@@ -199,20 +203,22 @@ def train_epoch(run, epoch):
         heads.train_step(run.heads, losses)
         for log, loss, output in zip(logs, losses, outputs, strict=True):
             log.update(loss, accuracy(output, target), len(target))
+        if shown.due:
+            shown.note({}, memory_mb=peak_megabytes(run.process.device))
         if any(run.watch.step(heads.any_finite(run.heads, [log.loss.total for log in logs]))):
             break
-    told, _ = run.watch.last()
+    told, bad = run.watch.last()
     losses = heads.mean_losses(logs, run.process.device)
-    heads.note_diverged(run.heads, losses, epoch, run.process.say)
-    if told:
-        run.watch.leave(f"in epoch {epoch}", what_is_kept(run.newest, run.args))
-    return losses
+    if bad or not told:  # within an epoch a head that diverges is noted only at its end
+        heads.note_diverged(run.heads, losses, epoch, run.process.say)
+    return step + 1, told, losses
 
 
 @torch.no_grad()
-def validate(run, epoch):
+def validate(run):
     """Top-1 and top-5 accuracy of every head in percent on the validation set, each image counted once in all
-    processes; which head that has not diverged is the best; and its moco.linear_report.confusion_of.
+    processes; which head that has not diverged is the best; and its moco.linear_report.confusion_of. None
+    when a process was told to stop.
     """
     run.model.eval()
     steps = min(everybodys(len(run.val_loader)))  # that every process has
@@ -229,11 +235,11 @@ def validate(run, epoch):
         targets.append(target.clone())  # the batch's own would hold its slot of the loader's memory
         predictions.append(torch.stack([top_classes(output)[:, 0] for output in outputs]))
         if step < steps and run.watch.step(torch.zeros(()))[0]:
-            run.watch.leave(f"in epoch {epoch}", what_is_kept(run.newest, run.args))
+            return None
     run.watch.last()
 
     reached = heads.mean_accuracies(logs, run.process.device)
-    best = max(range(len(run.heads)), key=lambda i: (run.heads[i].diverged is None, reached[i][0]))
+    best = heads.best_now(run.heads, reached)
     for line in linear_report.accuracies(run.heads, reached, best):
         run.process.say(line)
     return reached, best, linear_report.confusion_of(torch.cat(targets), torch.cat(predictions, 1)[best])

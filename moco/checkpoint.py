@@ -1,38 +1,28 @@
-"""Checkpoint files: written whole or not at all, read without running what is in them."""
+"""Checkpoint files, written whole or not at all, and what is in them."""
 
 import contextlib
 import errno
 import os
 import shutil
-import zipfile
 from pathlib import Path
 
 import torch
 
-from moco.errors import UserError
+from moco.errors import UserError, first_line
 from moco.files import atomic_file
-from moco.seal import check_seal, sealed
+from moco.seal import sealed
 from moco.workers import worker_errors
 
-# What DistributedDataParallel and torch.compile put before or into the names of a model's tensors.
-WRAPPER_PREFIX = "module."
-COMPILE_MARK = "_orig_mod."
 
-# What entries of a checkpoint are, where there are any.
-KINDS = {
-    "epoch": int, "step": int, "seed": int, "arch": str, "best_acc1": (int, float, torch.Tensor),
-    **dict.fromkeys(("optimizer", "scaler", "settings", "data", "log", "noted"), dict), "heads": list,
-}  # fmt: skip
-
-
-def save_checkpoint(checkpoint, path):
+def save_checkpoint(checkpoint, path, before=None):
     """Write a dict of tensors and plain values; `path` shows the old file or the whole new one, never a part.
+    before: the name that the old one gets, if it is to stay.
 
     It is sealed (moco.seal), by which read_checkpoint finds out whether a bit has flipped. Raises UserError
     when the disk is full or the folder cannot be written to.
     """
     with (
-        _writing(path, tensor_bytes(checkpoint)), atomic_file(path) as temporary, sealed(temporary),
+        _writing(path, tensor_bytes(checkpoint)), atomic_file(path, before) as temporary, sealed(temporary),
         worker_errors(),  # a data worker's death is a RuntimeError too, raised wherever the program is
     ):  # fmt: skip
         torch.save(checkpoint, temporary)
@@ -67,46 +57,6 @@ def trained_state(model, optimizer, scaler):
     }
 
 
-def read_checkpoint(path):
-    """Read a checkpoint of this program, of MoCo or of IFM as a dict with at least `state_dict`, tensors
-    on the CPU.
-
-    A file that holds a bare state_dict is accepted too. Names are without the wrapper's `module.`. Only
-    tensors and plain values are read (`weights_only=True`): a pickle that would call code is refused.
-    Raises UserError.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}")
-    check_seal(path)
-    _refuse_compressed(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in whatever part of torch reads the damage
-        raise UserError(_unreadable(path, error)) from error
-    checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
-    state = checkpoint["state_dict"]
-    named_tensors = isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    )
-    if not (named_tensors and state):
-        raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
-    _check_kinds(checkpoint, path)
-    return {**checkpoint, "state_dict": plain_names(state)}
-
-
-def _check_kinds(checkpoint, path):
-    """Raise UserError when an entry is not what this program, and others, put there."""
-    for name, kind in KINDS.items():
-        if name in checkpoint and not isinstance(checkpoint[name], kind):
-            found = type(checkpoint[name]).__name__
-            raise UserError(f"{path} is no checkpoint of this program: its entry {name} is of type {found}")
-    for name in ("log", "noted"):
-        for pair in checkpoint.get(name, {}).values():
-            if not (isinstance(pair, tuple) and list(map(type, pair)) == [torch.Tensor, int]):
-                raise UserError(f"{path} is no checkpoint of this program: its entry {name} holds no sums")
-
-
 def tensor_bytes(value):
     """Bytes of all tensors in dicts, lists and tuples: nearly all of a checkpoint's file."""
     if isinstance(value, torch.Tensor):
@@ -114,14 +64,6 @@ def tensor_bytes(value):
     if isinstance(value, dict):
         return tensor_bytes(list(value.values()))
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def plain_names(state_dict):
-    """The same tensors without the marks of DistributedDataParallel and torch.compile in their names."""
-    return {
-        name.replace(COMPILE_MARK, "").removeprefix(WRAPPER_PREFIX): tensor
-        for name, tensor in state_dict.items()
-    }
 
 
 def encoder_state(checkpoint, path):
@@ -167,9 +109,7 @@ def continue_from(checkpoint, path, model, optimizer, epochs, scaler=None):
         if scaler is not None and scaler.is_enabled() and "scaler" in checkpoint:
             scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"the optimizer state in {path} is of another model ({_first_line(error)})"
-        ) from error
+        raise UserError(f"the optimizer state in {path} is of another model ({first_line(error)})") from error
     if checkpoint["epoch"] >= epochs:
         raise UserError(f"{path} has finished {checkpoint['epoch']} epochs; raise --epochs to go on")
     return checkpoint["epoch"]
@@ -209,7 +149,7 @@ def load_strictly(model, state_dict, path, may_miss=()):
 def _why(error, size, path):
     """What the system said; torch's zip writer makes a RuntimeError of a full disk, and does not say it."""
     full = isinstance(error, RuntimeError) and shutil.disk_usage(Path(path).parent).free < size
-    return os.strerror(errno.ENOSPC) if full else _first_line(error)
+    return os.strerror(errno.ENOSPC) if full else first_line(error)
 
 
 def _momentum_as_weights(optimizer):
@@ -221,44 +161,6 @@ def _momentum_as_weights(optimizer):
         buffer = state.get("momentum_buffer")
         if buffer is not None:
             state["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
-
-
-def _refuse_compressed(path):
-    # torch writes its zip entries uncompressed; a compressed one could unpack to any size.
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except Exception as error:  # zipfile has one for each kind of damage
-        raise UserError(f"{path} cannot be read as a checkpoint ({error}); it is damaged") from error
-    if packed:
-        raise UserError(
-            f"{path} is a compressed archive, which torch never writes; refused: it could be a zip bomb"
-        )
-
-
-def _unreadable(path, error):
-    """Why torch could not read a file; its own message advises to switch the protection off."""
-    with open(path, "rb") as file:
-        head = file.read(512).lstrip().lower()
-    if not head:
-        return f"{path} is empty; copy or download it again"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"{path} is a web page, not a checkpoint; open it to read what the server answered"
-    calls = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
-    if calls:
-        return (
-            f"{path} holds more than tensors and plain values, so reading it could run code; "
-            f"refused ({calls[0][:160]})"
-        )
-    said = _first_line(error)
-    why = "" if said.startswith("Weights only load failed") else f" ({said})"  # followed by advice of torch's
-    return f"{path} is damaged or not a checkpoint of torch{why}; copy or download it again"
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _some(names, most=3):

@@ -14,6 +14,11 @@ class UserError(Exception):
         return last_line.removeprefix("moco.errors.UserError: ")
 
 
+def first_line(error):
+    """The first line of what an exception says, at most 160 letters, or its type when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 def run_program(main):
     """Call `main()`. A UserError becomes one sentence (exit code 2), Ctrl-C ends quietly (exit code 130)."""
     try:

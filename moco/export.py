@@ -49,7 +49,8 @@ def export(checkpoint, out, to, arch=None, force=False):
     if os.path.exists(out) and os.path.samefile(out, path):
         raise UserError(f"{out} is the checkpoint itself, which the export would replace: name another file")
 
-    from moco.checkpoint import encoder_state, read_checkpoint
+    from moco.checkpoint import encoder_state
+    from moco.checkpoint_reader import read_checkpoint
 
     content = read_checkpoint(path)
     arch = arch or content.get("arch")

@@ -41,9 +41,9 @@ def check_free(path, force):
 
 
 @contextlib.contextmanager
-def atomic_file(path):
+def atomic_file(path, before=None):
     """Give a temporary path in the folder of `path` to write to; on success it is flushed and renamed to
-    `path`.
+    `path`. before: the name that a file which stood there gets then, or None: it goes.
 
     On any exception, Ctrl-C included, the temporary file is removed and a file that stood at `path` stays
     as it was.
@@ -56,6 +56,8 @@ def atomic_file(path):
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         fsync_path(temporary)
+        if before is not None and path.exists():
+            os.replace(path, before)
         os.replace(temporary, path)
         fsync_path(path.parent)
     finally:

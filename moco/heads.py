@@ -8,15 +8,17 @@ of its own loss, so each goes the way that it would go alone, also beside one wh
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
-from moco.checkpoint import continue_from
+from moco.checkpoint import encoder_state, load_strictly
 from moco.distributed import sum_over_processes
 from moco.errors import UserError
 from moco.execution import start_momentum
 from moco.meters import StepLog
+from moco.schedules import learning_rate, set_learning_rate
 
 
 class Layers(nn.Module):
@@ -53,6 +55,11 @@ class Head:
         """The entry of history with the highest acc1, the first of several; without one acc1 is -1."""
         return max(self.history, key=lambda entry: entry["acc1"], default={"acc1": -1.0})
 
+    @property
+    def rates(self):
+        """What tells it from others in a log: its --lr as `head`, and the learning rate of now."""
+        return {"head": self.lr, "lr": self.optimizer.param_groups[0]["lr"]}
+
     def state_dict(self, epoch):
         """Plain values and tensors, from which the head goes on with `epoch`."""
         scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
@@ -67,12 +74,20 @@ class Head:
         }
 
 
-def freeze_all_but_last(network):
-    """Freeze a network but for its last layer `fc`, which starts from N(0, 0.01) and 0 as published."""
+def freeze_all_but_last(network, checkpoint, source, resumed):
+    """Freeze a network but for its last layer `fc`, which starts from N(0, 0.01) and 0 as published, and give
+    it the features of a checkpoint, of linear evaluation with its `fc` when that is `resumed`.
+
+    checkpoint: what read_checkpoint gave for the path `source` (None or "": there is none). Raises UserError.
+    """
     network.requires_grad_(False)
     network.fc.weight.data.normal_(mean=0.0, std=0.01)
     network.fc.bias.data.zero_()
     network.fc.requires_grad_(True)
+    if resumed:
+        load_strictly(network, checkpoint["state_dict"], source)
+    elif source:
+        load_strictly(network, encoder_state(checkpoint, source), source, may_miss=("fc.weight", "fc.bias"))
 
 
 def check_frozen(model, frozen):
@@ -93,6 +108,12 @@ def make_heads(layers, lrs, momentum, weight_decay, new_scaler):
     return heads
 
 
+def set_learning_rates(heads, epoch, epochs, schedule):
+    """Give every head the learning rate of an epoch: its own, x0.1 per milestone of `schedule` passed."""
+    for head in heads:
+        set_learning_rate(head.optimizer, learning_rate(head.lr, epoch, epochs, milestones=schedule))
+
+
 def train_step(heads, losses):
     """A step of every head, given the list of their losses (0-dim. tensors)."""
     for head in heads:
@@ -108,11 +129,25 @@ def leader(heads):
     return max(heads, key=lambda head: (head.diverged is None, head.best["acc1"]))
 
 
-def step_logs(title, loader, heads, print_freq):
-    """A StepLog of a pass over the loader for each head, and the one of them that prints: the leader's."""
+def step_logs(title, loader, heads, print_freq, *more):
+    """A StepLog of a pass over the loader for each head, and the one of them that prints: the leader's.
+
+    more: further arguments of StepLog.
+    """
     shown = heads.index(leader(heads))
-    logs = [StepLog(title, loader, print_freq if i == shown else 0) for i in range(len(heads))]
+    logs = [StepLog(title, loader, print_freq if i == shown else 0, *more) for i in range(len(heads))]
     return logs, logs[shown]
+
+
+def epoch_logs(heads, place, loader, print_freq, process, record):
+    """The same of the training in an epoch, from a moco.linear_checkpoint.Place on; record: a RunLog."""
+    write = partial(record.write, epoch=place.epoch, **leader(heads).rates)
+    more = place.step, process.world_size, write
+    logs, shown = step_logs(f"Epoch: [{place.epoch}]", loader, heads, print_freq, *more)
+    if place.logs:
+        for log, state in zip(logs, place.logs[process.rank], strict=True):
+            log.load_state_dict(state, process.device)
+    return logs, shown
 
 
 def mean_losses(logs, device):
@@ -128,6 +163,11 @@ def mean_accuracies(logs, device):
     counts = [[float(log.top1.total), float(log.top5.total), log.top1.count] for log in logs]
     sums = sum_over_processes(torch.tensor(counts, dtype=torch.float64).to(device))
     return [(top1 / count, top5 / count) for top1, top5, count in sums.tolist()]
+
+
+def best_now(heads, reached):
+    """The number of the head with the highest top-1 accuracy in `reached` that has not diverged."""
+    return max(range(len(heads)), key=lambda i: (heads[i].diverged is None, reached[i][0]))
 
 
 def record(heads, epoch, losses, reached):
@@ -158,58 +198,3 @@ def note_diverged(heads, losses, epoch, say):
         raise UserError(
             f"the loss of epoch {epoch} is {last} at lr {lr:g}{others}; start again with a lower --lr"
         )
-
-
-def one_head(state_dict, index):
-    """A network's tensors with those of head `index` as its last layer: the names of a network with one."""
-    own = f"fc.each.{index}."
-    return {
-        name.replace(own, "fc."): tensor
-        for name, tensor in state_dict.items()
-        if own in name or "fc.each." not in name
-    }
-
-
-def checkpoint_of(heads, head, epoch, state_dict, shared):
-    """A checkpoint of one of the heads, in upstream's format, and its --lr.
-
-    epoch: the next one; state_dict: of the network with all heads; shared: entries that are any head's.
-    """
-    own = head.state_dict(epoch)
-    names = [name for name in ("lr", "epoch", "optimizer", "scaler") if name in own]
-    tensors = one_head(state_dict, heads.index(head))
-    return {"epoch": epoch, "state_dict": tensors, **shared, **{name: own[name] for name in names}}
-
-
-def restore(heads, checkpoint, path, epochs):
-    """Put the heads where a checkpoint left them. Returns the next epoch, and of the best head in its best
-    epoch so far the accuracy and the confusion (moco.linear_report), or None.
-
-    A checkpoint without `heads`, as of upstream, has one. Raises UserError when it is of other learning rates
-    than these, where there are several, or has nothing left to do of `epochs`.
-    """
-    saved = checkpoint.get("heads") or [_only_head(checkpoint)]
-    before, here = [state.get("lr") for state in saved], [head.lr for head in heads]
-    if max(len(before), len(here)) > 1 and before != here:
-        raise UserError(
-            f"{path} is of --lr {_words(before)}, not {_words(here)}: go on with the same values in the same "
-            "order, or start anew without --resume"
-        )
-    for head, state in zip(heads, saved, strict=True):
-        epoch = continue_from(state, path, head.layer, head.optimizer, epochs, head.scaler)
-        head.history, head.diverged = list(state.get("history", [])), state.get("diverged")
-    return epoch, float(checkpoint.get("best_acc1", 0.0)), checkpoint.get("confusion")
-
-
-def _only_head(checkpoint):
-    """What Head.state_dict gives, as far as a checkpoint of one head has it."""
-    layer = {
-        name.removeprefix("fc."): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith("fc.")
-    }
-    return {**checkpoint, "state_dict": layer}
-
-
-def _words(lrs):
-    return " ".join("one unknown value" if lr is None else f"{lr:g}" for lr in lrs)

@@ -1,9 +1,8 @@
 """The flags of linear evaluation, and the checks on them that need no data."""
 
-from pathlib import Path
-
 from moco import trifeature
 from moco.errors import UserError
+from moco.linear_folder import LinearFolder
 from moco.options import check_shared, folder_after_rates, shared_parser
 
 
@@ -12,7 +11,7 @@ def parse_args():
         "Train a linear classifier on the frozen features of a pre-trained encoder.",
         epochs=100, lr=[30.0], schedule=[60, 80], weight_decay=0.0,
     )  # fmt: skip
-    linear = parser.add_argument_group("linear evaluation")
+    linear = parser.add_argument_group("linear evaluation (linear.jsonl in --output-dir is always written)")
     linear.add_argument(
         "--pretrained",
         default="",
@@ -31,26 +30,23 @@ def parse_args():
 
 
 def check(args):
-    """Refuse flags that cannot work, and put the checkpoint that --resume auto means in its place."""
+    """Refuse flags that cannot work, before anything is started."""
     check_shared(args)
-    if args.resume == "auto":
-        newest = newest_in(args.output_dir)
-        args.resume = str(newest) if newest.is_file() else ""
-        print(f"--resume auto: {args.resume or 'nothing to go on from yet'}")
-    if args.evaluate and not args.resume:
+    if args.evaluate and not goes_on(args):
         raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
-
-
-def newest_in(output_dir):
-    """The path of the newest checkpoint, whether there is one or not."""
-    return Path(output_dir) / "checkpoint.pth.tar"
-
-
-def what_is_kept(newest, args):
-    """Where a run that is stopped goes on. newest: the checkpoint of its last finished epoch, or ""."""
     if args.evaluate:
-        return "the validation is not finished"
-    if not newest:
-        return "no epoch is finished, so nothing is saved"
-    resume = "auto" if Path(newest) == newest_in(args.output_dir) else newest
-    return f"the last finished epoch is in {newest}; --resume {resume} goes on from there"
+        del args.lr[1:]  # a checkpoint's own entries are of one classifier, however it was trained
+
+
+def notes(lrs, source):
+    """What a user should know about this run, a line each. source: the checkpoint of the features."""
+    yield f"features of {source}" if source else "no --pretrained: features of an untrained encoder"
+    if len(lrs) > 1:
+        yield f"{len(lrs)} classifiers; the lines of steps show the best so far, at first --lr {lrs[0]:g}"
+
+
+def goes_on(args):
+    """Whether there is a checkpoint that --resume asks for, whole or not."""
+    if args.resume == "auto":
+        return bool(LinearFolder(args.output_dir).newest_first())
+    return bool(args.resume)

@@ -1,4 +1,5 @@
-"""Reading log.jsonl of a run's folder: one JSON object a line, of the kinds "start", "step" and "epoch".
+"""Reading log.jsonl of a run's folder, or linear.jsonl of a linear evaluation: one JSON object a line, of the
+kinds "start", "step" and "epoch".
 
 The file is appended to by every start of a run, and may end anywhere: what a reader wants is the course that
 led to the run's present state, each step of it once.
@@ -13,7 +14,7 @@ from pathlib import Path
 from moco.errors import UserError
 from moco.pictures import shortened
 
-NAME = "log.jsonl"
+NAME, LINEAR_NAME = NAMES = "log.jsonl", "linear.jsonl"
 LONGEST = 45  # letters of a run's name: two such names fill a row of moco.plot's legend
 
 
@@ -31,6 +32,11 @@ class RunLog:
     starts: list = field(default_factory=list)
     steps: list = field(default_factory=list)
     epochs: list = field(default_factory=list)
+
+    @property
+    def linear(self):
+        """Whether the run is a linear evaluation."""
+        return any(start.get("program") == "main_lincls.py" for start in self.starts)
 
     @property
     def chances(self):
@@ -74,12 +80,27 @@ def read_log(path, note=None):
     return RunLog(path, starts, *by_place)
 
 
+def by_head(log, name):
+    """(RunLog, name) for each classifier of a linear evaluation with several; of another log, it and `name`.
+
+    They have no steps: the lines of those are of one at a time, the best so far.
+    """
+    lines = {}
+    for entry in log.epochs:
+        for own in entry["heads"] if isinstance(entry.get("heads"), list) else ():
+            if isinstance(own, dict) and _is_number(own.get("head")):
+                lines.setdefault(own["head"], []).append(entry | own)
+    if len(lines) < 2:
+        return [(log, name)]
+    return [(RunLog(log.path, log.starts, [], epochs), f"{name} --lr {lr:g}") for lr, epochs in lines.items()]
+
+
 def run_names(paths):
     """A short name for each log file, no two alike: that of its folder, with those above it if need be."""
     parts = []
     for path in map(Path, paths):
         place = path.resolve()
-        parts.append(place.parent.parts if place.name == NAME else (*place.parent.parts, place.stem))
+        parts.append(place.parent.parts if place.name in NAMES else (*place.parent.parts, place.stem))
     names, depth = [own[-1] for own in parts], 1
     while len(set(names)) < len(set(parts)):
         depth += 1
@@ -98,9 +119,10 @@ def run_names(paths):
 
 def _log_file(path):
     if os.path.isdir(path):
-        if (path / NAME).is_file():
-            return path / NAME
-        below = sorted(other.parent.name for other in path.glob(f"*/{NAME}"))
+        for name in NAMES:
+            if (path / name).is_file():
+                return path / name
+        below = sorted({other.parent.name for name in NAMES for other in path.glob(f"*/{name}")})
         hint = f"name a run in it, such as {path / below[0]}" if below else "is it the --output-dir of a run?"
         raise UserError(f"the folder {path} has no {NAME}; {hint}")
     if not os.path.isfile(path):  # unlike Path.is_file, it answers also for too long a name

@@ -204,7 +204,7 @@ def main():
 
     import torch
 
-    from moco.checkpoint import read_checkpoint
+    from moco.checkpoint_reader import read_checkpoint
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = read_checkpoint(args.pretrained) if args.pretrained else None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moco.errors import UserError
+from moco.errors import UserError, first_line
 
 PATIENCE = 900.0  # seconds until a process that meets nobody gives up, as an agent of torchrun does
 SILENCE = 20.0  # seconds of waiting before it says so
@@ -101,7 +101,7 @@ def _no_meeting(place, rank, error):
     text = str(error)
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         return f"the port of {place} is in use; name another one in --dist-url (torchrun: --master-port)"
-    first_line = text.strip().splitlines()[0][:160]
     return (
-        f"rank {rank} could not meet the others at {place} ({first_line}); check address, port and world size"
+        f"rank {rank} could not meet the others at {place} ({first_line(error)}); check address, port and "
+        "world size"
     )

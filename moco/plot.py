@@ -2,6 +2,7 @@
 
     python -m moco.plot runs/ifm -o ifm.png
     python -m moco.plot runs/ifm runs/moco -o both.png
+    python -m moco.plot runs/linear -o linear.png       (a curve per --lr of a linear evaluation)
 
 It needs matplotlib (`pip install matplotlib`).
 """
@@ -10,8 +11,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from moco.errors import run_program
-from moco.log_reader import NAME, read_log, run_names
+from moco.errors import UserError, run_program
+from moco.log_reader import LINEAR_NAME, NAME, by_head, read_log, run_names
 from moco.pictures import (
     BLACK,
     GREY,
@@ -25,7 +26,7 @@ from moco.pictures import (
 
 MARKERS = "os^Dv"  # 35 runs before a pair of colour and marker comes again
 COLUMNS = 3
-CAPTION = "epochs (no markers: single steps; markers: means over an epoch, at its middle; kNN: after it)"
+CAPTION = "epochs (no markers: single steps; markers: means over an epoch, at its middle; {}: after it)"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Panel:
 
 LOSS = Panel("Loss (nats)", ("loss",))
 ACCURACY = Panel("Contrastive accuracy, top 1 (%)", ("acc1",), bottom=0)
+TRAINING = Panel("Training accuracy, top 1 (%)", ("acc1",), bottom=0)
+VALIDATION = Panel("Validation accuracy, top 1 (%)", ("val_acc1",), bottom=0, after=True)
 LEARNING_RATE = Panel("Learning rate", ("lr",), bottom=0, exact=True)
 OTHERS = (
     Panel("Cosine: positive (solid), negative (dashed)", ("pos_similarity", "neg_similarity")),
@@ -60,7 +63,8 @@ OTHERS = (
 
 
 def figure_of(logs, names):
-    """A matplotlib Figure with the curves of RunLogs, which `names` call in the legend.
+    """A matplotlib Figure with the curves of RunLogs, all of pre-training or all of linear evaluation, which
+    `names` call in the legend.
 
     A line's gid is "RUN QUANTITY steps" or "RUN QUANTITY epochs", RUN counted from 0; that of a loss at
     chance is "chance". A quantity that no log has gets no panel; a value that is null leaves a gap.
@@ -77,7 +81,7 @@ def figure_of(logs, names):
         for axis in axes[len(panels) :]:
             axis.remove()
         _limit_epochs(axes[0])
-        figure.supxlabel(CAPTION, fontsize=8, color=GREY)
+        figure.supxlabel(CAPTION.format("validation" if logs[0].linear else "kNN"), fontsize=8, color=GREY)
         handles = [
             matplotlib.lines.Line2D([], [], color=_colour(run), marker=_marker(run), markersize=5)
             for run in range(len(logs))
@@ -111,11 +115,10 @@ def _panels(logs):
         Panel(f"kNN accuracy: {literal(label)} (%)", (f"knn/{label}",), bottom=0, after=True)
         for label in dict.fromkeys(label for labels in found for label in labels)
     ]
+    accuracies = (TRAINING, VALIDATION) if logs[0].linear else (ACCURACY, *knn)
     lines = [entry for log in logs for entry in (*log.steps, *log.epochs)]
     return [
-        panel
-        for panel in (LOSS, ACCURACY, *knn, *OTHERS)
-        if any(curve(lines, name)[0] for name in panel.names)
+        panel for panel in (LOSS, *accuracies, *OTHERS) if any(curve(lines, name)[0] for name in panel.names)
     ]
 
 
@@ -199,16 +202,25 @@ def main():
         prog="python -m moco.plot", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help=f"output folder of a pre-training run, or its {NAME}"
-    )
+        "runs", nargs="+", metavar="RUN",
+        help=f"output folder of a run, or its log: {NAME} of a pre-training, {LINEAR_NAME} of a linear "
+        f"evaluation (a folder with both stands for {NAME})",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--out", required=True, metavar="OUT.png", help="picture to write; .pdf and .svg work as well"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT.png if it exists")
     args = parser.parse_args()
     logs = [read_log(run) for run in args.runs]
+    if len({log.linear for log in logs}) > 1:
+        one, other = (next(log.path for log in logs if log.linear == linear) for linear in (False, True))
+        raise UserError(
+            f"{one} is of a pre-training and {other} of a linear evaluation: draw them in two pictures"
+        )
     check_picture(args.out, args.force)
-    save_picture(figure_of(logs, run_names(log.path for log in logs)), args.out)
+    names = run_names(log.path for log in logs)
+    curves = [own for log, name in zip(logs, names, strict=True) for own in by_head(log, name)]
+    save_picture(figure_of(*zip(*curves, strict=True)), args.out)
     print(args.out)
 
 

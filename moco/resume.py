@@ -1,22 +1,26 @@
 """Which checkpoint a run goes on from, and whether it can."""
 
-from moco.checkpoint import check_arch, read_checkpoint
+from moco.checkpoint import check_arch
+from moco.checkpoint_reader import read_checkpoint
 from moco.distributed import from_first
 from moco.errors import UserError
 
 
-def start_from(process, resume, output, arch, say):
-    """(path, what read_checkpoint gives) that --resume asks for, or (None, {}) for a new run.
+def start_from(process, resume, output, arch, say, features=""):
+    """(path, what read_checkpoint gives) that --resume asks for, or for a new run None and {}, or what it
+    gives for the path `features`.
 
-    resume: a path, "auto" for the newest whole one of the RunFolder `output`, or "". say: prints a line.
+    resume: a path, "auto" for the newest whole one of the folder `output` (moco.run_folder,
+    moco.linear_folder), or "". say: prints a line.
     """
     source = resume
     if source == "auto":
         source, _ = output.newest_good(say) if process.is_first else (None, None)
         source = from_first(source)
         say(f"--resume auto: {source or 'nothing to go on from yet, a new run'}")
-    checkpoint = read_checkpoint(source) if source else {}
-    check_arch(checkpoint, arch, source)
+    path = source or features
+    checkpoint = read_checkpoint(path) if path else {}
+    check_arch(checkpoint, arch, path)
     return source, checkpoint
 
 
@@ -32,12 +36,13 @@ def same_course(checkpoint, source, data, settings, say):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{source} is of a run with {flag} {before[name]}, not {settings[name]}")
     step, of_before = checkpoint.get("step"), checkpoint.get("data", {})
+    groups = ", --bn-splits" if "batchnorm_groups" in data else ""
     for name, here in data.items():
         value = of_before.get(name, here)
         if value != here and step:
             raise UserError(
                 f"{source} stands in the middle of an epoch of {value} {name.replace('_', ' ')}, and here it "
-                f"would be {here}: go on with the same data, -b, --bn-splits and number of processes"
+                f"would be {here}: go on with the same data, -b{groups} and number of processes"
             )
         if value != here:
             say(f"note: {name} was {value} in {source} and is {here} from here on")
@@ -49,3 +54,19 @@ def same_course(checkpoint, source, data, settings, say):
     for name, value in before.items():
         if settings.get(name, value) != value:
             say(f"note: {name} was {value} in {source} and is {settings[name]} from here on")
+
+
+def same_classes(checkpoint, source, names):
+    """Raise UserError when the classifier of a checkpoint is of other classes than `names` (a list of str).
+
+    A checkpoint that does not tell its classes, as of upstream, passes.
+    """
+    before = checkpoint.get("classes", names)
+    if before == names:
+        return
+    place = next((i for i, pair in enumerate(zip(before, names, strict=False)) if len(set(pair)) == 2), None)
+    differ = f", such as {before[place]} there for {names[place]} here" if place is not None else ""
+    raise UserError(
+        f"{source} tells {len(before)} classes apart that are not the {len(names)} here{differ}: name their "
+        "images and their --target, or start anew without --resume"
+    )

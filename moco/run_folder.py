@@ -5,7 +5,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moco.checkpoint import copied, read_checkpoint, save_checkpoint, tensor_bytes
+from moco.checkpoint import copied, save_checkpoint, tensor_bytes
+from moco.checkpoint_reader import read_checkpoint
 from moco.errors import UserError
 from moco.files import set_aside
 from moco.memory import in_words
@@ -96,17 +97,25 @@ class RunFolder:
 
         say: called with a line about each that is damaged. Raises UserError when all are.
         """
-        paths = self.newest_first()
-        for path in paths:
-            try:
-                return path, read_checkpoint(path)
-            except UserError as error:
-                say(f"warning: {error.sentence}; going back to the one before")
-        if paths:
-            raise UserError(
-                f"none of the {len(paths)} checkpoints in {self.path} can be read; remove them to start anew"
-            )
-        return None, {}
+        return first_whole(self.newest_first(), say)
+
+
+def first_whole(paths, say):
+    """(path, what read_checkpoint gives) of the first of the paths that is whole, or (None, {}) of none.
+
+    say: called with a line about each that is damaged. Raises UserError when all are.
+    """
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            say(f"warning: {error.sentence}; going back to the one before")
+    if paths:
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {paths[0].parent} can be read; remove them to start "
+            "anew"
+        )
+    return None, {}
 
 
 def _position(path):

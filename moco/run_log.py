@@ -1,5 +1,5 @@
-"""log.jsonl in a run's folder: a line of JSON for each start, each printed step and each epoch, and the same
-for TensorBoard.
+"""log.jsonl in a run's folder, linear.jsonl of a linear evaluation: a line of JSON for each start, each
+printed step and each epoch, and the same for TensorBoard.
 
 Numbers of a step are those of the run's first process; images_per_s is of all processes, memory_mb the first
 one's peak. A run that goes on appends; a step or an epoch that is done again stands there twice, and the
@@ -18,22 +18,23 @@ from pathlib import Path
 import torch
 
 from moco.errors import UserError
+from moco.log_reader import LINEAR_NAME, NAME
 from moco.versions import versions
 
-NAME = "log.jsonl"
 PROJECT = Path(__file__).resolve().parent.parent
-NUMBERS = (
-    *("loss", "acc1", "acc5", "lr", "seconds", "data_seconds", "images_per_s", "memory_mb", "queue_fill"),
-    *("pos_similarity", "neg_similarity", "alignment", "uniformity"),
-)
-KEYS = {"start": [], "step": ["epoch", "step", *NUMBERS], "epoch": ["epoch", *NUMBERS]}
+OF_BOTH = ("loss", "acc1", "acc5", "lr", "seconds", "data_seconds", "images_per_s", "memory_mb")
+NUMBERS = (*OF_BOTH, "queue_fill", "pos_similarity", "neg_similarity", "alignment", "uniformity")
+KEYS = {"start": [], "step": ["epoch", "step"], "epoch": ["epoch"]}
 
 
 class RunLog:
-    """Hands each entry to its sinks, such as JsonLines and TensorBoard. Without any it does nothing."""
+    """Hands each entry to its sinks, such as JsonLines and TensorBoard. Without any it does nothing.
 
-    def __init__(self, *sinks):
-        self.sinks = sinks
+    numbers: the names that each step and each epoch has.
+    """
+
+    def __init__(self, *sinks, numbers=NUMBERS):
+        self.sinks, self.numbers = sinks, numbers
 
     def write(self, kind, **entry):
         """Write an entry of a kind of KEYS; 0-dim. tensors become numbers, what is missing or infinite null.
@@ -41,7 +42,8 @@ class RunLog:
         Raises UserError when the disk is full.
         """
         if self.sinks:
-            plain = _plain({"kind": kind, **dict.fromkeys(KEYS[kind]), **entry})
+            numbers = self.numbers if kind != "start" else ()
+            plain = _plain({"kind": kind, **dict.fromkeys((*KEYS[kind], *numbers)), **entry})
             for sink in self.sinks:
                 sink.write(plain)
 
@@ -53,15 +55,19 @@ class RunLog:
             sink.close()
 
 
-def start_log(folder, process, tensorboard, program, **start):
+def start_log(folder, process, tensorboard, program, *, linear=False, **start):
     """The RunLog of a run in `folder`: in its first process log.jsonl and, if wanted, TensorBoard's files.
 
-    program: its name; start: what its first line says besides `surroundings`.
+    program: its name; linear: whether it is a linear evaluation, whose folder can be that of the
+    pre-training: its log is linear.jsonl; start: what its first line says besides `surroundings`.
     """
     if not process.is_first:
         return RunLog()
-    log = RunLog(JsonLines(Path(folder) / NAME), *([TensorBoard(folder)] if tensorboard else []))
-    log.write("start", **surroundings(program, process.device), **start, processes=process.world_size)
+    name, numbers = (LINEAR_NAME, OF_BOTH) if linear else (NAME, NUMBERS)
+    sinks = JsonLines(Path(folder) / name), *([TensorBoard(folder)] if tensorboard else [])
+    log = RunLog(*sinks, numbers=numbers)
+    start |= {"processes": process.world_size}
+    log.write("start", **surroundings(program, process.device), **start)
     return log
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from moco import trifeature, zoo
-from moco.checkpoint import check_arch, encoder_state, load_strictly, read_checkpoint
+from moco.checkpoint import check_arch, encoder_state, load_strictly
+from moco.checkpoint_reader import read_checkpoint
 from moco.data import paths_of
 from moco.decoders import decoder, read_pixels
 from moco.encoders import base_encoder

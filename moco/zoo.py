@@ -104,7 +104,8 @@ def load(name_or_path, mirror=None):
     Returns a module in eval mode on the CPU, from images (N, 3, H, W), float32, normalised as ImageNet's, to
     features (N, 2048). No random number is drawn. Raises UserError.
     """
-    from moco.checkpoint import encoder_state, load_strictly, read_checkpoint
+    from moco.checkpoint import encoder_state, load_strictly
+    from moco.checkpoint_reader import read_checkpoint
 
     path = resolve(name_or_path, mirror)
     model = resnet50_without_fc().to_empty(device="cpu")

@@ -76,7 +76,8 @@ def _check_loads(path):
     """Raise UserError unless `path` is whole and holds the query encoder of a MoCo with a ResNet-50."""
     import torch
 
-    from moco.checkpoint import encoder_state, load_strictly, read_checkpoint
+    from moco.checkpoint import encoder_state, load_strictly
+    from moco.checkpoint_reader import read_checkpoint
 
     with torch.serialization.skip_data():  # names and shapes only: the tensors' memory is never touched
         checkpoint = read_checkpoint(path)

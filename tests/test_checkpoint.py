@@ -9,7 +9,8 @@ import torch
 from tiny import TinyEncoder
 
 from moco.builder import MoCo
-from moco.checkpoint import check_arch, encoder_state, load_strictly, read_checkpoint, save_checkpoint
+from moco.checkpoint import check_arch, encoder_state, load_strictly, save_checkpoint
+from moco.checkpoint_reader import read_checkpoint
 from moco.errors import UserError
 
 

@@ -17,7 +17,7 @@ from tiny import TinyEncoder
 import main_moco
 from moco import losses
 from moco.builder import MoCo
-from moco.checkpoint import read_checkpoint
+from moco.checkpoint_reader import read_checkpoint
 from moco.errors import UserError
 from moco.watch import SAME, Signals
 

@@ -1,6 +1,7 @@
 """Several linear classifiers that are stopped, go on exactly, and are asked for in all ways."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ from linear_runs import CPU, WORDS, load, run, tiny_encoder  # noqa: F401
 from test_resume import content_hash
 
 import main_lincls
+from moco.checkpoint import save_checkpoint
+from moco.log_reader import read_log
 from moco.watch import PREEMPTED
 
 
@@ -32,26 +35,53 @@ def whole(folders, tmp_path_factory):
     return get
 
 
+def measured(out):
+    """What linear.jsonl says of the epochs, but for what it took, and of the first printed steps."""
+    log = read_log(out / "linear.jsonl")
+    times = {"seconds", "data_seconds", "images_per_s", "memory_mb", "head", "lr"}
+    return [{name: value for name, value in entry.items() if name not in times} for entry in log.epochs]
+
+
 # Two heads, so two calls a step: 3 training and 2 validation steps an epoch. In two processes it is heard a
-# step later, and they have but one validation step in common: a signal in it stops the next epoch.
+# step later, and they have but one validation step in common: a signal in it is heard when that is over.
 @pytest.mark.parametrize(
-    ("world", "call", "where"), [(1, 1, 0), (1, 9, 0), (1, 13, 1), (1, 19, 1), (2, 3, 0), (2, 15, 2)]
+    ("world", "call", "epoch", "step"),
+    [(1, 1, 0, 1), (1, 9, 0, 3), (1, 13, 1, 2), (1, 29, 2, 3), (2, 1, 0, 2), (2, 13, 1, 3), (2, 15, 2, 0)],
 )
-def test_a_signal_stops_it_and_it_goes_on_exactly(run_ranks, folders, tmp_path, whole, world, call, where):
+def test_a_signal_stops_it_and_it_goes_on_exactly(
+    run_ranks, folders, tmp_path, whole, world, call, epoch, step
+):
     words, path = ["--lr", "1", "3"], tmp_path / "checkpoint.pth.tar"
     codes, output = run(run_ranks, world, folders, tmp_path, *words, stop=(world - 1, call))
     assert codes == [PREEMPTED] * world
     name = "SIGTERM" if world == 1 else "a signal to another process"
-    kept = "no epoch is finished, so nothing is saved"
-    if where > 0:
-        kept = f"the last finished epoch is in {path}; --resume auto goes on from there"
-    assert output.splitlines()[-1] == f"stopped in epoch {where}, as {name} said: {kept}"
-    assert path.exists() == (where > 0) and not (tmp_path / "linear.json").exists()
-    if where > 0:
-        assert load(tmp_path)["epoch"] == where
+    where = f"in epoch {epoch} after {step} of 3 steps" if step else f"after epoch {epoch - 1}"
+    said = f"stopped {where}, as {name} said: {path} has it all; --resume auto goes on"
+    assert output.splitlines()[-1] == said and not (tmp_path / "linear.json").exists()
+    stopped = load(tmp_path)
+    assert (stopped["epoch"], stopped["step"], len(stopped["logs"])) == (epoch, step, world * (step > 0))
+    expected = entries(whole(run_ranks, world))
+    assert content_hash(stopped) != expected[0]  # negative control
+
     codes, output = run(run_ranks, world, folders, tmp_path, *words, "--resume", "auto")
-    assert codes == [0] * world and f"Epoch: [{where}]" in output and f"Epoch: [{where - 1}]" not in output
-    assert entries(tmp_path) == entries(whole(run_ranks, world))
+    assert codes == [0] * world
+    steps = [(int(e), int(s)) for e, s in re.findall(r"^Epoch: \[(\d)\]\[(\d)/3\]", output, re.M)]
+    assert steps == [(e, s) for e in range(3) for s in range(3) if (e, s) >= (epoch, step)]
+    assert entries(tmp_path) == expected
+    assert measured(tmp_path) == measured(whole(run_ranks, world)) and len(measured(tmp_path)) == 3
+    assert not (tmp_path / "checkpoint_previous.pth.tar").exists()
+
+
+@pytest.mark.parametrize("left_out", ["step", "logs"])
+def test_without_the_steps_or_the_sums_it_would_not_be_exact(run_ranks, folders, tmp_path, whole, left_out):
+    words = ["--lr", "1", "3"]
+    run(run_ranks, 1, folders, tmp_path, *words, stop=(0, 13))
+    stopped = load(tmp_path)
+    save_checkpoint({**stopped, "logs": [], **({"step": 0} if left_out == "step" else {})}, tmp_path / "x")
+    more = ["--resume", tmp_path / "x"]
+    assert run(run_ranks, 1, folders, tmp_path, *words, *more)[0] == [0]
+    (ours, report), (theirs, other) = entries(tmp_path), entries(whole(run_ranks, 1))
+    assert report != other and ours != theirs
 
 
 def test_another_value_leaves_other_files(run_ranks, folders, tmp_path, whole):
@@ -63,7 +93,9 @@ def test_another_value_leaves_other_files(run_ranks, folders, tmp_path, whole):
 def test_a_signal_stops_a_validation_of_its_own(run_ranks, folders, tmp_path, whole):
     words = ["-e", "--resume", whole(run_ranks, 1) / "model_best.pth.tar"]
     codes, output = run(run_ranks, 1, folders, tmp_path, *words, stop=(0, 1))
-    assert codes == [PREEMPTED] and output.endswith("as SIGTERM said: the validation is not finished\n")
+    assert codes == [PREEMPTED] and output.endswith(
+        "stopped in the validation, as SIGTERM said: it is not finished\n"
+    )
     assert " * Acc@1" not in output
     codes, output = run(run_ranks, 1, folders, tmp_path, *words)
     assert codes == [0] and " * Acc@1" in output and os.listdir(tmp_path) == []

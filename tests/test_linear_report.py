@@ -1,18 +1,21 @@
 """The report of linear evaluation: what it counts, what it shows, and what it writes."""
 
 import json
+import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from command_lines import SMALL
+from command_lines import SMALL, losses_of
 from tiny import TinyEncoder
 
 import main_lincls
-from moco import linear_report, run_settings, trifeature
+from moco import linear_report, plot, run_settings, trifeature
 from moco.errors import UserError
 from moco.heads import Head
+from moco.run_log import OF_BOTH
 
 
 def head(lr, *acc1, diverged=None):
@@ -106,6 +109,51 @@ def check_report(lrs, output, text):
     assert lines[start + 1].split()[0] in report["classes"] and lines[start + 1].split()[1] == "20"
     assert ("of --lr" in output) == (len(lrs) > 1)
     assert text == json.dumps(report, sort_keys=True) + "\n"
+
+
+def test_the_log_has_what_the_console_and_the_report_say(folders, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(main_lincls, "base_encoder", lambda arch: TinyEncoder)
+    (tmp_path / "log.jsonl").write_text("of the pre-training\n")
+    words = [*SMALL, "-p", "2", "--epochs", "2", "--schedule", "1", "--output-dir", tmp_path, folders]
+    code, output, errors = cli(main_lincls.main, *words, "--lr", "1", "1e38", "3")
+    assert code == 0, errors
+    assert (tmp_path / "log.jsonl").read_text() == "of the pre-training\n"
+    start, *others = map(json.loads, (tmp_path / "linear.jsonl").read_text().splitlines())
+    told = {"program": "main_lincls.py", "images": 24, "validation_images": 9, "classes": 3, "steps": 3}
+    told |= {"processes": 1, "global_batch": 8, "epoch": 0, "step": 0, "chance": math.log(3)}
+    assert told.items() <= start.items() and {"command", "versions", "git", "host", "device"} <= start.keys()
+    assert start["settings"]["lr"] == [1.0, 1e38, 3.0] and start["settings"]["target"] is None
+
+    steps = [entry for entry in others if entry["kind"] == "step"]
+    assert [(entry["epoch"], entry["step"]) for entry in steps] == [(0, 0), (0, 2), (1, 0), (1, 2)]
+    assert all(set(entry) == {"kind", "epoch", "step", "head", *OF_BOTH} for entry in steps)
+    assert all(isinstance(entry[name], float) for entry in steps for name in OF_BOTH)
+    assert [f"{entry['loss']:.4e}" for entry in steps] == losses_of(output)
+    assert [entry["lr"] for entry in steps] == [entry["head"] / 10 ** entry["epoch"] for entry in steps]
+
+    epochs = [entry for entry in others if entry["kind"] == "epoch"]
+    report = json.loads((tmp_path / "linear.json").read_text())
+    printed = re.findall(r"^ \* Acc@1 (\S+) Acc@5 (\S+)$", output, re.M)
+    for number, (entry, (acc1, acc5)) in enumerate(zip(epochs, printed, strict=True)):
+        assert (f"{entry['val_acc1']:.3f}", f"{entry['val_acc5']:.3f}") == (acc1, acc5)
+        assert [own["head"] for own in entry["heads"]] == start["settings"]["lr"]
+        assert [own["diverged"] for own in entry["heads"]] == [None, 0, None]
+        for own, head in zip(entry["heads"], report["heads"], strict=True):
+            assert own["lr"] == pytest.approx(own["head"] / 10**number)
+            if head["diverged"] is None:
+                written = {name: head["epochs"][number][name] for name in ("loss", "acc1", "acc5")}
+                assert written == {"loss": own["loss"], "acc1": own["val_acc1"], "acc5": own["val_acc5"]}
+                assert 0 <= own["acc1"] <= own["acc5"] <= 100
+            else:
+                assert own["loss"] is own["val_acc1"] is own["acc1"] is None
+        best = next(own for own in entry["heads"] if own["head"] == entry["head"])
+        assert best.items() <= entry.items()
+
+    picture = tmp_path / "linear.png"
+    code, _, errors = cli(plot.main, tmp_path / "linear.jsonl", "-o", picture)
+    assert code == 0 and picture.is_file(), errors
+    code, _, errors = cli(plot.main, tmp_path, "-o", picture, "--force")
+    assert code == 2 and "log.jsonl is no log" in errors  # the folder stands for its pre-training
 
 
 def test_a_report_that_cannot_be_written_is_said(tmp_path):

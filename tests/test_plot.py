@@ -10,7 +10,7 @@ from PIL import Image
 from sheets import refused
 
 from moco import plot
-from moco.log_reader import read_log, run_names
+from moco.log_reader import by_head, read_log, run_names
 from moco.plot import figure_of
 
 
@@ -81,6 +81,46 @@ def test_what_is_missing_gets_no_panel_and_what_is_null_leaves_a_gap(tmp_path):
     (x, y), (nothing_x, nothing), last = lines_of(figure)["0 loss steps"]
     assert (x, y, nothing_x, last) == (0, 1.0, 0.25, (0.5, 3.0)) and math.isnan(nothing)
     assert "0 loss epochs" not in lines_of(figure)
+
+
+def linear(*lrs, epochs=2):
+    """Lines of a linear evaluation whose losses and accuracies tell its classifiers and epochs apart."""
+    lines = [start() | {"program": "main_lincls.py"}]
+    for epoch in range(epochs):
+        lines.append(step(epoch, 0, 1.0, acc1=3.0, lr=lrs[0], head=lrs[0]))
+        own = [
+            {"head": lr, "lr": lr / 2, "loss": lr + epoch, "acc1": 30.0 * lr, "val_acc1": 20.0 * lr + epoch}
+            for lr in lrs
+        ]
+        lines.append(end(epoch, **own[0], heads=own))
+    return lines
+
+
+def test_linear_evaluations_have_their_panels_and_several_classifiers_a_curve_each(tmp_path, cli):
+    figure = draw(write(tmp_path / "one", *linear(1.0)))
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles[1:3] == ["Training accuracy, top 1 (%)", "Validation accuracy, top 1 (%)"]
+    lines = lines_of(figure)
+    assert lines["0 val_acc1 epochs"] == [(1, 20.0), (2, 21.0)]  # after each epoch
+    assert lines["0 acc1 epochs"] == [(0.5, 30.0), (1.5, 30.0)] and len(lines["0 loss steps"]) == 2
+    assert figure._supxlabel.get_text().endswith("validation: after it)")
+    assert draw(write(tmp_path / "moco", *whole()))._supxlabel.get_text().endswith("kNN: after it)")
+
+    several = write(tmp_path / "several", *linear(1.0, 0.25)) / "log.jsonl"
+    several = several.rename(several.with_name("linear.jsonl"))
+    curves = by_head(read_log(several.parent), "several")
+    assert [name for _, name in curves] == ["several --lr 1", "several --lr 0.25"]
+    lines = lines_of(figure_of(*zip(*curves, strict=True)))
+    assert lines["1 val_acc1 epochs"] == [(1, 5.0), (2, 6.0)] and "0 loss steps" not in lines
+    assert lines["1 lr epochs"] == [(0.5, 0.125), (1.5, 0.125)]
+    [(log, name)] = by_head(read_log(tmp_path / "one"), "one")
+    assert name == "one" and len(log.steps) == 2
+    assert run_names([several, tmp_path / "one" / "log.jsonl"]) == ["several", "one"]
+
+    words = [several.parent, tmp_path / "one", "-o", tmp_path / "o.png"]
+    assert cli(plot.main, *words)[0] == 0
+    said = r"moco/log.jsonl is of a pre-training and .*several/linear.jsonl of a linear evaluation: draw them"
+    refused(cli(plot.main, tmp_path / "moco", *words, "--force"), said)
 
 
 @pytest.mark.parametrize("lines", [[step(0, 0, 2.0, lr=0.1)], [end(0, 2.0, lr=0.1, knn={"class": 50.0})]])

@@ -100,10 +100,10 @@ def test_linear_evaluation_from_checkpoint_to_accuracy(pretrained, folders, tmp_
 def test_linear_evaluation_finds_frozen_weights_that_moved(folders, tmp_path, cli, monkeypatch):
     real = main_lincls.train_epoch
 
-    def thaw(run, epoch):
-        losses = real(run, epoch)
+    def thaw(run, *arguments):
+        found = real(run, *arguments)
         run.model.module.bn1.running_mean.add_(1)
-        return losses
+        return found
 
     monkeypatch.setattr(main_lincls, "train_epoch", thaw)
     with pytest.raises(RuntimeError, match=r"changed frozen tensors: bn1\.running_mean"):

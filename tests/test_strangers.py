@@ -16,7 +16,8 @@ from test_resume import WORDS
 
 import main_lincls
 import main_moco
-from moco.checkpoint import read_checkpoint, save_checkpoint
+from moco.checkpoint import save_checkpoint
+from moco.checkpoint_reader import read_checkpoint
 from moco.errors import UserError
 
 
