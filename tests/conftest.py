@@ -15,8 +15,10 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at import; a pool's th
 
 import torch
 import torch.distributed as dist
-from command_lines import MOCO, program
+from command_lines import MOCO
 from PIL import Image
+from started_runs import Forked
+from tiny import TinyEncoder  # noqa: F401  (which makes `-a tiny` known)
 
 from moco.errors import run_program
 
@@ -133,6 +135,6 @@ def pretrained(folders, tmp_path_factory):
         str(out),
         str(folders),
     ]
-    run = program("main_moco.py", *words)
-    assert run.returncode == 0, run.stderr
-    return run.stdout, out
+    with Forked(*words) as run:
+        assert run.end(120) == 0, run.output
+    return run.output, out

@@ -15,15 +15,7 @@ from forked_program import forked
 
 import main_moco
 
-TWO_RANKS = """
-import sys, torch
-torch.cuda.device_count = lambda: 2  # in the parent alone: the processes find none, and use the CPU
-import main_moco
-from moco.errors import run_program
-sys.argv[0] = "main_moco.py"
-run_program(main_moco.main)
-"""
-SPAWN = ["-c", TWO_RANKS, "--multiprocessing-distributed", "--world-size", "1", "--rank", "0"]
+SPAWN = ["--multiprocessing-distributed", "--world-size", "1", "--rank", "0"]
 LONG = ["--epochs", "100000", "--keep", "2", "-j", "0"]
 
 
@@ -101,23 +93,27 @@ def all_end(pids, seconds):
     return not alive(pids)
 
 
-def spawn_in_forks():
-    """Start two ranks as main_moco.py's parent does, forked, as torch is imported here already."""
+def spawn():
+    """Start two ranks as main_moco.py's parent does."""
     torch.cuda.device_count = lambda: 2  # of this forked parent; there is no GPU, so the ranks use the CPU
-    torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="fork")
     main_moco.main()
 
 
-class Spawned(Program):
-    """A spawned run of two ranks whose parent is forked; prepare() is called there first."""
+def spawn_in_forks():
+    """Start two ranks that are forked, as torch is imported here already."""
+    torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="fork")
+    spawn()
 
-    def __init__(self, *words, prepare=lambda: None):
-        def main():
-            prepare()
-            sys.argv = ["main_moco.py", *SPAWN[2:], *map(str, words)]
-            spawn_in_forks()
 
-        self.pid, self.stdout = forked(main, (1, 2))
+class Forked(Program):
+    """The pre-training program with a command line, forked, as torch is imported here already."""
+
+    def __init__(self, *words, main=main_moco.main):
+        def with_words():
+            sys.argv = ["main_moco.py", *map(str, words)]
+            main()
+
+        self.pid, self.stdout = forked(with_words, (1, 2))
         self.output = ""
 
     def reap(self):
@@ -134,6 +130,17 @@ class Spawned(Program):
         self.output += self.stdout.read()
         watch.cancel()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class Spawned(Forked):
+    """A run of two ranks whose parent is forked, and they too; prepare() is called in the parent first."""
+
+    def __init__(self, *words, prepare=lambda: None):
+        def main():
+            prepare()
+            spawn_in_forks()
+
+        super().__init__(*SPAWN, *words, main=main)
 
 
 def at_step(number, act):

@@ -12,7 +12,7 @@ import pytest
 from forked_program import forked
 from private_mounts import alone, make_read_only, mount
 from started_runs import at_step
-from test_resume import WORDS, checkpoints, content
+from test_resume import FRESH, WORDS, checkpoints, content
 
 import main_moco
 from moco.errors import run_program
@@ -20,7 +20,7 @@ from moco.errors import run_program
 
 def run(*words):
     """Run pre-training in a forked process, in which pytest's own way to see its output does not work."""
-    sys.argv, code = ["program", *map(str, WORDS), *map(str, words)], 0
+    sys.argv, code = ["program", *WORDS, *FRESH, *map(str, words)], 0
     with (
         contextlib.redirect_stdout(io.StringIO()) as output,
         contextlib.redirect_stderr(io.StringIO()) as errors,

@@ -36,8 +36,8 @@ class TwoLayers(nn.Module):
 
 
 @cache
-def curve(splits=4, order_seed=0, init_scale=None, **flags):
-    """The losses of 100 steps of IFM on noisy prototypes, and the model afterwards."""
+def curve(splits=4, order_seed=0, init_scale=None, steps=100, **flags):
+    """The losses of steps of IFM on noisy prototypes, and the model afterwards."""
     execution = Execution(CPU, **flags)
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale) if init_scale else execution.scaler
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def curve(splits=4, order_seed=0, init_scale=None, **flags):
     start_momentum(sgd)
     generator, found = torch.Generator().manual_seed(1), []
     prototypes = torch.randn(64, 3, 16, 16, generator=generator)
-    for step in range(100):
+    for step in range(steps):
         chosen = prototypes[torch.randint(64, (32,), generator=generator)]
         views = (chosen + 0.5 * torch.randn(chosen.shape, generator=generator) for _ in range(2))
         with execution.autocast():
@@ -93,7 +93,7 @@ def test_the_bands_tell_another_training_apart(changes):
 
 
 def test_what_is_kept_is_float32_under_the_same_names():
-    plain, fast = curve()[1].state_dict(), curve(**FAST_ON_CUDA)[1].state_dict()
+    plain, fast = curve(steps=2)[1].state_dict(), curve(steps=2, **FAST_ON_CUDA)[1].state_dict()
     assert plain.keys() == fast.keys()
     assert all(fast[name].dtype == plain[name].dtype for name in plain)
     assert fast["encoder_q.conv2.weight"].is_contiguous(memory_format=torch.channels_last)
@@ -210,17 +210,29 @@ def test_momentum_follows_its_weights_into_another_layout():
 
 
 def test_programs_say_what_they_do_and_take_each_others_checkpoints(folders, tmp_path, cli):
-    words = [*MOCO, "--method", "ifm", "--output-dir", tmp_path, folders]
-    fast = ["--fast", "--amp", "bf16", "--image-size", "32"]
+    tiny = ["-a", "tiny"]
+    words = [*MOCO, *tiny, "--method", "ifm", "--output-dir", tmp_path, folders]
+    fast = ["--fast", "--amp", "bf16"]
     code, output, errors = cli(main_moco.main, *words, "--epochs", "1", *fast)
     assert code == 0, errors
     assert "execution: encoders in bf16, channels_last\n--fast turns on: --channels-last\n" in output
-    again = [*words, "--epochs", "2", "--resume", "auto", "--image-size", "32"]
-    code, output, errors = cli(main_moco.main, *again)
+    code, output, errors = cli(main_moco.main, *words, "--epochs", "2", "--resume", "auto")
     assert code == 0, errors
     assert "note: amp was bf16" in output and "execution: float32\n" in output and "--fast" not in output
     path = tmp_path / "checkpoint_0001.pth.tar"
-    words = [*SMALL, "--lr", "1", "--epochs", "1", "--output-dir", tmp_path, folders, "--pretrained", path]
+    words = [
+        *SMALL,
+        *tiny,
+        "--lr",
+        "1",
+        "--epochs",
+        "1",
+        "--output-dir",
+        tmp_path,
+        folders,
+        "--pretrained",
+        path,
+    ]
     code, output, errors = cli(main_lincls.main, *words, "--fast")
     assert code == 0, errors
     assert "--fast turns on: --channels-last\n" in output and "Acc@1" in output

@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_lines import ROOT
 from forked_program import forked
-from test_resume import WORDS, checkpoints, content, pretrained
+from test_resume import FRESH, WORDS, checkpoints, content, pretrained
 from tiny import TinyEncoder
 
 import main_moco
@@ -46,7 +46,7 @@ def spoil_a_weight(monkeypatch):
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoints(
     folders, tmp_path, cli, monkeypatch, fault
 ):
-    words = [*WORDS, "--output-dir", tmp_path, folders]
+    words = [*WORDS, *FRESH, "--output-dir", tmp_path, folders]
     assert cli(main_moco.main, *words, "--epochs", "1")[0] == 0
     before = (tmp_path / "checkpoint_0000.pth.tar").read_bytes()
     if fault == "weight":
@@ -200,7 +200,7 @@ for number in range(20):
 
 def test_a_full_disk_keeps_the_older_checkpoint(folders, tmp_path, cli):
     resource = pytest.importorskip("resource")
-    words = [*WORDS, "--output-dir", tmp_path, folders]
+    words = [*WORDS, *FRESH, "--output-dir", tmp_path, folders]
     assert cli(main_moco.main, *words, "--epochs", "1")[0] == 0
     before = content(tmp_path, "checkpoint_0000.pth.tar")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

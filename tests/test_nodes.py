@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from started_runs import Program, all_end
-from test_resume import WORDS, pretrained
+from test_resume import FRESH, WORDS, pretrained
 
 from moco import meeting
 from moco.errors import UserError
@@ -34,7 +34,7 @@ def node(rank, port):
 def undisturbed(run_ranks, folders, folder):
     """The last checkpoint of a run of two ranks that nothing happened to."""
     folder.mkdir()
-    words = [*WORDS, *LONG, "-b", "16", "--output-dir", folder]  # as -b counts a node's processes
+    words = [*WORDS, *FRESH, *LONG, "-b", "16", "--output-dir", folder]  # as -b counts a node's processes
     assert run_ranks(2, pretrained, words, folders) == [0, 0]
     return torch.load(folder / LAST, weights_only=True)
 
@@ -42,7 +42,7 @@ def undisturbed(run_ranks, folders, folder):
 def test_a_node_dies_and_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     folders, tmp_path, free_port, run_ranks
 ):
-    words = ["main_moco.py", *WORDS, *LONG, "--output-dir", tmp_path, folders]
+    words = ["main_moco.py", *WORDS, *FRESH, *LONG, "--output-dir", tmp_path, folders]
     with Program(*node(0, free_port), *words) as dying, Program(*node(1, free_port), *words) as survivor:
         wait_for_file(tmp_path / "checkpoint_0002.pth.tar", 60)
         dead = [dying.pid, *dying.below()]

@@ -1,4 +1,4 @@
-"""Processes of a run that die or are told to stop, started as users do: spawned, and under torchrun."""
+"""Processes of a run that die or are told to stop, really spawned, and under torchrun."""
 
 import os
 import re
@@ -6,13 +6,13 @@ import signal
 import time
 
 import pytest
-from started_runs import LONG, SPAWN, Program, all_end
-from test_resume import WORDS, content, pretrained
+from started_runs import LONG, SPAWN, Forked, Program, all_end, spawn
+from test_resume import FRESH, WORDS, content, pretrained
 
 
 def test_kill_9_of_a_rank_ends_all(folders, tmp_path):
-    """With processes that are really spawned."""
-    with Program(*SPAWN, *WORDS, *LONG, folders, "--output-dir", tmp_path) as run:
+    """With processes that are really spawned, by a parent that is forked."""
+    with Forked(*SPAWN, *WORDS, *FRESH, *LONG, folders, "--output-dir", tmp_path, main=spawn) as run:
         run.wait_for("Epoch: [0][2/3]")
         everyone = [run.pid, *run.below()]
         os.kill(run.ranks()[1], signal.SIGKILL)
@@ -28,7 +28,7 @@ def torchrun(port, *words, restarts=0):
         "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2",
         f"--max-restarts={restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
         "--monitor-interval=0.1",
-        "main_moco.py", *WORDS, "-j", "0", *words,
+        "main_moco.py", *WORDS, *FRESH, "-j", "0", *words,
     ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_torchrun_is_told_to_stop_and_goes_on_and_a_killed_rank_is_started_again
         os.kill(run.ranks()[1], signal.SIGKILL)
         assert run.end(120) == 0, run.output
         assert run.output.count("--resume auto: ") == 2
-    expected = [*WORDS, "-j", "0", "--epochs", "9", "--output-dir", tmp_path / "whole"]
+    expected = [*WORDS, *FRESH, "-j", "0", "--epochs", "9", "--output-dir", tmp_path / "whole"]
     (tmp_path / "whole").mkdir()
     assert run_ranks(2, pretrained, expected, folders) == [0, 0]
     for name in ("checkpoint_0007.pth.tar", "checkpoint_0008.pth.tar"):

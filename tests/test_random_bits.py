@@ -161,7 +161,7 @@ def test_no_bits_change_nothing(with_bits, folders, run_ranks, tmp_path):
 
 def test_other_programs_and_other_runs_refuse_an_encoder_with_bits(with_bits, folders, tmp_path, cli):
     path, out = with_bits / "checkpoint_0001.pth.tar", tmp_path / "backbone.pth"
-    arch = ["-a", "shufflenet_v2_x0_5"]
+    arch = ["-a", "tiny"]
     for main, words in (
         (export.main, [path, out, "--to", "torchvision"]),
         (main_lincls.main, [*SMALL, *arch, "--pretrained", path, "--output-dir", tmp_path / "o", folders]),
@@ -171,7 +171,7 @@ def test_other_programs_and_other_runs_refuse_an_encoder_with_bits(with_bits, fo
         assert errors.count("\n") == 1 and not out.exists()
     words = [*WORDS, "--epochs", "3", "--resume", path, "--output-dir", tmp_path, folders]
     code, _, errors = cli(main_moco.main, *words, "--random-bits", "2")
-    assert code == 2 and "(24, 6, 3, 3) there and (24, 5, 3, 3) here" in errors and errors.count("\n") == 1
+    assert code == 2 and "(8, 6, 3, 3) there and (8, 5, 3, 3) here" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,69 +2,46 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
-from command_lines import MOCO, ROOT, losses_of, program
+from command_lines import MOCO, losses_of, program
+from spawned_ranks import leave_sum
+from started_runs import LONG, Forked
+from test_resume import FRESH
 
 import main_lincls
 import main_moco
-from moco.distributed import sum_over_processes
 from moco.errors import UserError
 from moco.launch import launch
 
 
-def two_nodes(port, folders, outs, *more):
-    """A node, of two in all on this machine, for every folder of `outs`; `more` words for each."""
+def nodes(port, folders, outs, *more):
+    """Nodes of two on this machine, of one process each: one for each folder of `outs`; `more` words each."""
+    words = [*MOCO, *FRESH, "--epochs", "1", folders, "-b", "4", "--multiprocessing-distributed"]
+    words += ["--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{port}"]
     more = more or [[]] * len(outs)
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "main_moco.py",
-                *MOCO,
-                "--epochs",
-                "1",
-                str(folders),
-                "--output-dir",
-                str(out),
-                *more[rank],
-                "-b",
-                "4",
-                "--multiprocessing-distributed",
-                "--world-size",
-                "2",
-                "--rank",
-                str(rank),
-                "--dist-url",
-                f"tcp://127.0.0.1:{port}",
-            ],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        for rank, out in enumerate(outs)
-    ]
+    return [Forked(*words, "--rank", rank, "--output-dir", out, *more[rank]) for rank, out in enumerate(outs)]
 
 
 def test_torchrun_and_two_nodes_give_the_same_bits(folders, tmp_path, free_port):
+    """torchrun starts its processes anew, as users do."""
     torchrun = program(
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port}",
-        "main_moco.py", *MOCO, "--epochs", "1", str(folders), "--output-dir", str(tmp_path / "torchrun"),
+        "main_moco.py", *MOCO, *FRESH, "-j", "2", "--epochs", "1", str(folders),
+        "--output-dir", str(tmp_path / "torchrun"),
     )  # fmt: skip
     assert torchrun.returncode == 0, torchrun.stderr
-    nodes = two_nodes(free_port, folders, [tmp_path / "first", tmp_path / "second"])
-    (output, errors), _ = (node.communicate(timeout=120) for node in nodes)
-    assert [node.returncode for node in nodes] == [0, 0], errors
-    assert losses_of(output) == losses_of(torchrun.stdout)
-    assert len(losses_of(output)) == 3
+    first, second = nodes(free_port, folders, [tmp_path / "first", tmp_path / "second"])
+    with first, second:
+        assert [first.end(120), second.end(120)] == [0, 0], first.output + second.output
+    assert losses_of(first.output) == losses_of(torchrun.stdout)
+    assert len(losses_of(first.output)) == 3
     one, other = (
         torch.load(tmp_path / name / "checkpoint_0000.pth.tar", weights_only=True)["state_dict"]
         for name in ("torchrun", "first")
@@ -74,46 +51,37 @@ def test_torchrun_and_two_nodes_give_the_same_bits(folders, tmp_path, free_port)
 
 
 def test_nodes_with_other_flags_are_refused(folders, tmp_path, free_port):
-    nodes = two_nodes(free_port, folders, [tmp_path, tmp_path], ["--moco-k", "20"], ["--moco-k", "24"])
-    for node in nodes:
-        _, errors = node.communicate(timeout=120)
-        assert node.returncode == 2
-        assert "moco_k is 20 on rank 0 and 24 on rank 1" in errors
+    one, other = nodes(free_port, folders, [tmp_path, tmp_path], ["--moco-k", "20"], ["--moco-k", "24"])
+    with one, other:
+        for node in (one, other):
+            assert node.end(120) == 2
+            assert "moco_k is 20 on rank 0 and 24 on rank 1" in node.output
     assert not os.listdir(tmp_path)
-
-
-def spawned(process, folder, failing):
-    """A worker of launch that leaves its rank in `folder`; the rank `failing` raises instead."""
-    if process.rank == failing:
-        raise UserError(f"rank {failing} cannot go on")
-    total = sum_over_processes(torch.tensor(process.rank + 1.0))
-    (folder / str(process.rank)).write_text(f"{process.world_size} {total.item()}")
 
 
 def test_spawn_starts_a_process_for_each_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # here alone: the processes find none
-    launch(spawned, (tmp_path, None), spawn=True, nodes=1, node_rank=0)
-    assert [(tmp_path / name).read_text() for name in "01"] == ["2 3.0", "2 3.0"]
-    with pytest.raises(UserError, match=r"^(rank 1 cannot go on|another process of the run ended.*)$"):
-        launch(spawned, (tmp_path, 1), spawn=True, nodes=1, node_rank=0)
+    for failing in (1, None):
+        (folder := tmp_path / str(failing)).mkdir()
+        ends = (
+            pytest.raises(UserError, match="^(rank 1 cannot go on|another process of the run ended.*)$")
+            if failing
+            else nullcontext()
+        )
+        with ends:
+            launch(leave_sum, (folder, failing), spawn=True, nodes=1, node_rank=0)
+        assert [(folder / name).read_text() for name in "01"] == ["2 3.0", "2 3.0"]
+        start = partial(torch.multiprocessing.start_processes, start_method="fork")
+        monkeypatch.setattr(torch.multiprocessing, "spawn", start)  # which takes seconds, the second time
 
 
-def test_a_bad_image_ends_a_run_with_workers(folders, tmp_path):
-    shutil.copytree(folders, tmp_path / "data")
-    (tmp_path / "data" / "train" / "bee" / "1.jpg").write_text("no image")
-    words = [*MOCO, "--workers", "2", str(tmp_path / "data"), "--output-dir", str(tmp_path)]
-    run = program("main_moco.py", *words)
-    assert run.returncode == 2
-    assert "bee/1.jpg cannot be read as an image" in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
-
-
-def test_help_needs_nothing():
-    for name in ("main_moco.py", "main_lincls.py"):
-        run = program(name, "--help", COLUMNS="80")
-        assert run.returncode == 0
-        assert max(map(len, run.stdout.splitlines())) <= 80
-        assert "--dataset-root ROOT, --dataset_root ROOT" in run.stdout
+def test_help_needs_nothing(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    started = program("main_lincls.py", "--help")
+    for code, output in (cli(main_moco.main, "--help")[:2], (started.returncode, started.stdout)):
+        assert code == 0
+        assert max(map(len, output.splitlines())) <= 80
+        assert "--dataset-root ROOT, --dataset_root ROOT" in output
 
 
 def test_published_command_lines_are_understood(monkeypatch):
@@ -160,46 +128,37 @@ def test_defaults_are_upstreams(monkeypatch):
         assert {name: parsed[name] for name in expected} == expected
 
 
-def test_a_port_in_use_is_said(folders, tmp_path, free_port, cli):
+def test_a_port_in_use_is_said(folders, tmp_path, free_port):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port))
         taken.listen()
-        node = two_nodes(free_port, folders, [tmp_path])[0]
-        _, errors = node.communicate(timeout=60)
-    assert node.returncode == 2
-    assert f"the port of tcp://127.0.0.1:{free_port} is in use" in errors
-    assert "Traceback" not in errors
+        with nodes(free_port, folders, [tmp_path])[0] as node:
+            assert node.end(60) == 2
+    assert f"the port of tcp://127.0.0.1:{free_port} is in use" in node.output
+    assert "Traceback" not in node.output
 
 
-def test_ctrl_c_saves_and_ends(folders, tmp_path):
-    words = [*MOCO, "--workers", "1", "--epochs", "1000", str(folders), "--output-dir", str(tmp_path)]
-    run = subprocess.Popen(
-        [sys.executable, "main_moco.py", *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    while not run.stdout.readline().startswith("epoch 0"):
-        assert run.poll() is None
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the program and its loader workers
-    output, errors = run.communicate(timeout=30)
-    assert run.returncode == 75 and errors == ""
-    saved = re.search(r"stopped in epoch .* as SIGINT said\n(\S+) has it all; --resume auto goes on", output)[
-        1
-    ]
+@pytest.fixture
+def long_run(folders, tmp_path):
+    """A run that has finished an epoch, with one data worker."""
+    with Forked(*MOCO, "-a", "tiny", *LONG, "-j", "1", folders, "--output-dir", tmp_path) as run:
+        run.wait_for("epoch 0")
+        yield run
+
+
+def test_ctrl_c_saves_and_ends(long_run, tmp_path):
+    os.killpg(long_run.pid, signal.SIGINT)  # as a terminal does: to the program and its loader workers
+    assert long_run.end(30) == 75
+    said = r"\nstopped in epoch .* as SIGINT said\n(\S+) has it all; --resume auto goes on\n$"
+    saved = re.search(said, long_run.output)[1]
+    assert "Traceback" not in long_run.output
     assert torch.load(saved, weights_only=True)["epoch"] >= 1
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 
-def test_a_killed_data_worker_ends_the_run_with_a_sentence(folders, tmp_path):
-    words = [*MOCO, "--workers", "1", "--epochs", "1000", str(folders), "--output-dir", str(tmp_path)]
-    run = subprocess.Popen(
-        [sys.executable, "main_moco.py", *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not run.stdout.readline().startswith("epoch 0"):
-        assert run.poll() is None
-    [worker] = (Path("/proc") / str(run.pid) / "task" / str(run.pid) / "children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 2
-    assert f"data worker {worker} is killed by signal" in errors
-    assert "Traceback" not in errors
+def test_a_killed_data_worker_ends_the_run_with_a_sentence(long_run):
+    [worker] = long_run.below()
+    os.kill(worker, signal.SIGKILL)
+    assert long_run.end(60) == 2
+    assert re.search(rf"data worker {worker} (is killed by signal|exited unexpectedly)", long_run.output)
+    assert "Traceback" not in long_run.output
