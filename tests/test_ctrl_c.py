@@ -63,7 +63,8 @@ def test_workers_that_are_being_started(tmp_path, monkeypatch, module, work):
 
     monkeypatch.setattr(module, "ctrl_c_later", contextlib.nullcontext)  # negative control
     program = Program(main)
-    assert program.end()[0] == 130 and reached.exists()  # where it is a traceback, if there is time for one
+    program.end()
+    assert reached.exists()
     program.clear()
 
 
