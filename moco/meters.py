@@ -143,13 +143,14 @@ def _sums(*meters):
 
 
 def epoch_line(epoch, means, chance, seconds, epochs_left):
-    """What the console says after an epoch. means: of StepLog, with lr and queue_fill; seconds: of an epoch
-    so far, with all that belongs to it.
+    """What the console says after an epoch, in two lines. means: of StepLog, with lr and queue_fill;
+    seconds: of an epoch so far, with all that belongs to it.
     """
+    left = duration(seconds * epochs_left)
     return (
         f"epoch {epoch}: loss {means['loss']:.4f} (chance {chance:.4f}), lr {means['lr']:.3g}, "
-        f"queue {means['queue_fill']:.0%} full, {means['images_per_s']:.0f} images/s, "
-        f"{duration(seconds)} an epoch, {duration(seconds * epochs_left)} left"
+        f"queue {means['queue_fill']:.0%} full,\n"
+        f"   {means['images_per_s']:.0f} images/s, {duration(seconds)} an epoch, {left} left"
     )
 
 
