@@ -50,7 +50,7 @@ class StepLog:
         """
         self.head, self.loader, self.print_freq, self.first = head, loader, print_freq, first
         self.processes, self.write = processes, write
-        self.due, self._noted, self._meters = False, {}, {}
+        self.due, self._stopped, self._noted, self._meters = False, False, {}, {}
         self.seconds, self.waiting = Meter("Time", "6.3f"), Meter("Data", "6.3f")
         self.loss = Meter("Loss", ".4e")
         self.top1, self.top5 = Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
@@ -67,6 +67,12 @@ class StepLog:
             self.step_began = time.perf_counter()
             if self.due:
                 self._show(step)
+            if self._stopped:
+                return
+
+    def stop(self):
+        """Make the step that is being done the last of steps()."""
+        self._stopped = True
 
     def update(self, loss, accuracies, n):
         """Meter the mean loss and top-1 and top-5 accuracies (0-dim. tensors) of n items."""
