@@ -232,7 +232,7 @@ def train_epoch(run, epoch, log):
             log.note(similarities(q, k, mean_key), **standing(run, epoch, step + 1))
         told, bad = run.watch.step(loss)
         if told or bad:
-            break
+            log.stop()
     told, bad = run.watch.last()
     if bad:
         raise UserError(

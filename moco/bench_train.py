@@ -145,7 +145,7 @@ def measure(folder, device, *, rounds, steps, workers, device_aug, **sizes):
             with Progress("end to end", rounds, "rounds") as bar:
                 in_turns(runs, 1, turn, lambda: None)  # nothing is fast the first time
                 taken = in_turns(runs, rounds, turn, bar.update)
-            line = loading_line(loader, loading)
+            line = " ".join(loading_line(loader, loading).split())
         finally:
             loader.close()
     files, first, waited = np.array(taken["files"]).T

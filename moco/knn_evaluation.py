@@ -17,6 +17,7 @@ from moco import trifeature
 from moco.data import check_same_classes, image_folder
 from moco.distributed import from_first, sum_over_processes
 from moco.encoders import base_encoder, without_memory
+from moco.folded_batchnorm import fold_batchnorm
 from moco.knn import neighbours, unit_rows, vote
 from moco.shuffle import concat_all_gather
 from moco.small_maps import small_maps
@@ -24,7 +25,7 @@ from moco.views import normalise
 
 K, T = 200, 0.1
 KEEP = 256 << 20  # bytes of central views that stay in memory, on all processes of a node together
-PIXELS = 1 << 18  # of a batch, at least: 256 views of 32 x 32
+PIXELS = 1 << 19  # of a batch, at least: 512 views of 32 x 32
 
 
 def labellings(folder, train):
@@ -84,6 +85,7 @@ class KnnEvaluation:
         self.kept = [] if views <= KEEP else None
         self.network = without_memory(partial(base_encoder(self.arch), num_classes=1)).eval()
         self.network.fc = nn.Identity()
+        self.fold = fold_batchnorm(self.network)
         self.small = small_maps(self.network)
 
     def __call__(self, epoch, encoder):
@@ -107,7 +109,7 @@ class KnnEvaluation:
             name: buffer.to(self.process.device) for name, buffer in buffers.items()
         }
         state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-        self.network.load_state_dict(state, assign=True)  # the encoder's own tensors, which stay as they are
+        self.network.load_state_dict(self.fold(state), assign=True)  # the encoder's tensors stay as they are
         if self.process.device.type == "cpu" or self.execution.channels_last:
             self.network.to(memory_format=torch.channels_last)  # copies
         for convolution in self.small:

@@ -50,7 +50,7 @@ class StepLog:
         """
         self.head, self.loader, self.print_freq, self.first = head, loader, print_freq, first
         self.processes, self.write = processes, write
-        self.due, self._noted, self._meters = False, {}, {}
+        self.due, self._stopped, self._noted, self._meters = False, False, {}, {}
         self.seconds, self.waiting = Meter("Time", "6.3f"), Meter("Data", "6.3f")
         self.loss = Meter("Loss", ".4e")
         self.top1, self.top5 = Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
@@ -67,6 +67,12 @@ class StepLog:
             self.step_began = time.perf_counter()
             if self.due:
                 self._show(step)
+            if self._stopped:
+                return
+
+    def stop(self):
+        """Make the step that is being done the last of steps()."""
+        self._stopped = True
 
     def update(self, loss, accuracies, n):
         """Meter the mean loss and top-1 and top-5 accuracies (0-dim. tensors) of n items."""
@@ -143,13 +149,14 @@ def _sums(*meters):
 
 
 def epoch_line(epoch, means, chance, seconds, epochs_left):
-    """What the console says after an epoch. means: of StepLog, with lr and queue_fill; seconds: of an epoch
-    so far, with all that belongs to it.
+    """What the console says after an epoch, in two lines. means: of StepLog, with lr and queue_fill;
+    seconds: of an epoch so far, with all that belongs to it.
     """
+    left = duration(seconds * epochs_left)
     return (
         f"epoch {epoch}: loss {means['loss']:.4f} (chance {chance:.4f}), lr {means['lr']:.3g}, "
-        f"queue {means['queue_fill']:.0%} full, {means['images_per_s']:.0f} images/s, "
-        f"{duration(seconds)} an epoch, {duration(seconds * epochs_left)} left"
+        f"queue {means['queue_fill']:.0%} full,\n"
+        f"   {means['images_per_s']:.0f} images/s, {duration(seconds)} an epoch, {left} left"
     )
 
 

@@ -121,19 +121,20 @@ def check(args):
 
 
 def notes(args, chance, images, batchnorm_groups):
-    """What a user should know about this run, a line each."""
-    of_ifm = f"; {chance:.4f} with the perturbed loss of IFM" if args.method else ""
+    """What a user should know about this run, each in lines of at most 80 letters."""
+    of_ifm = f", {chance:.4f} with IFM's perturbed loss" if args.method else ""
     yield (
-        f"at chance the loss is ln(1+K) = {losses.chance(args.moco_k):.4f}{of_ifm}; it starts lower, "
-        "rises while the queue fills, then falls"
+        f"at chance the loss is ln(1+K) = {losses.chance(args.moco_k):.4f}{of_ifm};\n"
+        "   it starts lower, rises while the queue fills, then falls"
     )
     if batchnorm_groups == 1:
         yield (
-            "note: with one BatchNorm group shuffling hides nothing, so a query and its key share "
-            "statistics and the model can find its positives by them; --bn-splits 8 gives what 8 GPUs have"
+            "note: shuffling within one BatchNorm group hides nothing: by the statistics that\n"
+            "   a query and its key share, the model can find its positives;\n"
+            "   --bn-splits 8 gives what 8 GPUs have"
         )
     if args.moco_k > images:
         yield (
-            f"warning: a queue of {args.moco_k} keys holds every one of {images} images more than once, so "
-            "an image is contrasted with itself; lower --moco-k"
+            f"warning: a queue of {args.moco_k} keys holds every one of {images} images more than once,\n"
+            "   so an image is contrasted with itself; lower --moco-k"
         )

@@ -123,13 +123,15 @@ class TensorBoard:
         try:
             if entry["kind"] == "start":
                 self._steps = entry["steps"]
-                first = entry["epoch"] * self._steps + entry["step"]
+                first = entry["epoch"] * self._steps + entry["step"] + 1  # the place that is written next
                 self._writer = summary_writer()(str(self.folder), purge_step=first)
                 return
             done = entry.get("step", self._steps - 1) + 1
             place = entry["epoch"] * self._steps + done
-            values = {f"{entry['kind']}/{name}": entry[name] for name in NUMBERS}
-            values |= {f"knn/{name}": percent for name, percent in entry.get("knn", {}).items()}
+            if "knn" in entry:  # the epoch's numbers came before its evaluation
+                values = {f"knn/{name}": percent for name, percent in entry["knn"].items()}
+            else:
+                values = {f"{entry['kind']}/{name}": entry[name] for name in NUMBERS}
             for name, value in values.items():
                 if value is not None:
                     self._writer.add_scalar(name, value, place)

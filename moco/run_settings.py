@@ -37,11 +37,11 @@ def loading_of(args, device):
 
 
 def loading_line(loader, loading):
-    """What was chosen for the data, in a line for the console."""
+    """What was chosen for the data, in two lines for the console."""
     resize = "crops on the device" if loading.cache == "device" else f"resize {loading.resize}"
     return (
-        f"{loader.num_workers} loader worker(s) each, {decoder(loading.decode)[1]}, {resize}; "
-        f"{loader.transport}"
+        f"{loader.num_workers} loader worker(s) each, {decoder(loading.decode)[1]}, {resize};\n"
+        f"   {loader.transport}"
     )
 
 

@@ -49,7 +49,7 @@ def parse_args():
     pairs.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation, not v1's")
     pairs.add_argument("--epoch", type=int, default=0, metavar="N", help="from 0 (default: %(default)s)")
     neighbours.add_argument(
-        "--neighbours", type=int, default=6, metavar="N", help="of each image (default: %(default)s)"
+        "--neighbours", type=int, default=5, metavar="N", help="of each image (default: %(default)s)"
     )
     neighbours.add_argument(
         "-a", "--arch", help="torchvision model (default: what the checkpoint says, or else resnet50)"
@@ -118,8 +118,7 @@ def _pairs(args, folder):
     pairs = pairs_of(images, recipe, size, args.resize, args.seed, args.epoch, args.count, args.decoder)
     title = (
         f"{shortened(str(folder), 70)}: the first pairs of epoch {args.epoch} with seed {args.seed}\n"
-        f"MoCo {name} augmentation, views of {size} x {size} pixels, resize {args.resize}; "
-        "boxes: where they are cut out"
+        f"MoCo {name} augmentation, views of {size} x {size} pixels, resize {args.resize}"
     )
     save_picture(pairs_sheet(pairs, title), args.out)
 

@@ -1,6 +1,7 @@
 """Which training images are nearest to validation images in a backbone's features, and a sheet of them."""
 
 import copy
+import math
 import os
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from moco.seeds import seeded
 from moco.views import center_resize, normalise
 
 UNTRAINED = "untrained"
+IN_LINE = 5  # neighbours beside each other
+LETTERS = 10  # beside a picture
 
 
 @dataclass
@@ -131,31 +134,32 @@ def agreement(found):
 
 
 def neighbours_sheet(found, title):
-    """A matplotlib Figure with a row for each validation image: itself, then its neighbours.
+    """A matplotlib Figure with a row for each validation image: itself, then its neighbours, nearest first.
 
-    found: of neighbours_of. Below each neighbour stands its class, or its values of Trifeature's factors,
-    with a mark whether they are the image's.
+    found: of neighbours_of. Beside each neighbour stands its class, or its values of Trifeature's factors,
+    with a mark whether they are the image's. More than IN_LINE neighbours go on below.
     """
-    columns = 1 + len(found[0][1])
-    gap, apart, line = 0.08, 0.25, 0.15  # inches: between pictures, after the first, a line of text
-    side = min((WIDTH - 0.2 - apart - gap * (columns - 1)) / columns, 1.5)
-    lines = 3 if factors_of(found[0][0].name) else 1
-    height, head = side + (lines + 1.9) * line, 0.95
-    total = head + len(found) * height
+    lines = math.ceil(len(found[0][1]) / IN_LINE)
+    cell, apart, side, line = 1.6, 0.12, 0.78, 0.15  # inches: of a picture with its words; a line of text
+    height, between, head = side + 1.7 * line, 0.06, 1.15
+    total = head - 1.2 * line + len(found) * (lines * height + between)
     with own_style() as matplotlib:
         figure = matplotlib.figure.Figure((WIDTH, total))
         figure.text(0.1 / WIDTH, 1 - 0.08 / total, literal(title), va="top", fontsize=10, linespacing=1.4)
+        for left, text, colour in ((0.1, "✓ as in the image at the left", BLUE), (2.3, "✗ another", RED)):
+            figure.text(left / WIDTH, 1 - 0.74 / total, text, va="top", fontsize=9, color=colour)
         for row, (one, others) in enumerate(found):
-            for column, shown in enumerate([one, *others]):
-                x = 0.1 + column * (side + gap) + apart * (column > 0)
-                y = total - head - row * height - side - line
-                axis = figure.add_axes((x / WIDTH, y / total, side / WIDTH, side / total))
-                _draw(axis, shown, one if column else None, int(side / 0.08))
+            top = total - head - row * (lines * height + between)
+            for number, shown in enumerate([one, *others]):
+                down, column = divmod(number - 1, IN_LINE) if number else (0, -1)
+                x = 0.1 + (column + 1) * cell + apart * (number > 0)
+                place = (x / WIDTH, (top - down * height - side) / total, side / WIDTH, side / total)
+                _draw(figure.add_axes(place), shown, one if number else None)
     return figure
 
 
-def _draw(axis, shown, one, letters):
-    """A picture with its caption; one: the Shown that it is a neighbour of, None for that one itself."""
+def _draw(axis, shown, one):
+    """A picture with its words; one: the Shown that it is a neighbour of, None for that one itself."""
     axis.imshow(np.moveaxis(shown.view, 0, -1), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
@@ -169,11 +173,10 @@ def _draw(axis, shown, one, letters):
         same = [a == b for a, b in zip(own, its, strict=True)]
     for number, (text, right) in enumerate(zip(lines, same, strict=False)):
         mark, colour = {None: ("", "black"), True: ("✓ ", BLUE), False: ("✗ ", RED)}[right]
-        text = literal(mark + shortened(text, letters - len(mark)))
-        place = {"xy": (0, 0), "xytext": (0, -3 - 10.5 * number)}
+        place = {"xy": (1, 1), "xytext": (4, -10.8 * number)}
         axis.annotate(
-            text, **place, xycoords="axes fraction", textcoords="offset points", va="top", fontsize=8,
-            color=colour, fontweight="bold" if right or one is None else None,
+            literal(mark + shortened(text, LETTERS)), **place, xycoords="axes fraction",
+            textcoords="offset points", va="top", fontsize=8, color=colour,
         )  # fmt: skip
     if one and not own:
         axis.spines[:].set(visible=True, color=BLUE if same[0] else RED, linewidth=2)

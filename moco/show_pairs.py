@@ -15,7 +15,10 @@ from moco.slots import Layout
 
 BESIDE = 2  # pairs in a row of the sheet
 LABELS = ("query", "key")
-COLOURS = (BLUE, RED)
+LOOKS = (  # of the boxes: where their edges lie on each other both are seen
+    {"edgecolor": BLUE, "linewidth": 2},
+    {"edgecolor": RED, "linewidth": 2, "linestyle": (0, (3, 2))},
+)
 
 
 @dataclass
@@ -60,12 +63,13 @@ def pairs_of(images, recipe, size, resize, seed, epoch, count, decode=None):
 def pairs_sheet(pairs, title):
     """A matplotlib Figure with a row of three pictures for each Pair: the image, its two views."""
     rows = math.ceil(len(pairs) / BESIDE)
-    side, gap, line = 1.5, 0.08, 0.15  # inches: of a picture, beside it, of a line of text
-    height, head = side + 3.4 * line, 0.7
+    side, gap, line = 1.46, 0.12, 0.15  # inches: of a picture, beside it, of a line of text
+    height, head = side + 3.6 * line, 0.95
     total = head + rows * height
     with own_style() as matplotlib:
         figure = matplotlib.figure.Figure((WIDTH, total))
         figure.text(0.1 / WIDTH, 1 - 0.08 / total, literal(title), va="top", fontsize=10, linespacing=1.4)
+        _draw_legend(figure, 0.1 / WIDTH, 1 - 0.52 / total)
         for place, pair in enumerate(pairs):
             left = 0.1 + place % BESIDE * (WIDTH / 2)
             top = total - head - place // BESIDE * height
@@ -82,19 +86,29 @@ def pairs_sheet(pairs, title):
     return figure
 
 
+def _draw_legend(figure, left, top):
+    boxes = [_rectangle((0, 0), 1, 1, **look) for look in LOOKS]
+    words = [f"the {name} is cut out here" for name in LABELS]
+    figure.legend(
+        [*boxes, _rectangle((0, 0), 1, 1, alpha=0)],
+        [*words, "crop: of the image's area; blur: sigma in pixels"],
+        loc="upper left", bbox_to_anchor=(left, top), ncols=3, borderaxespad=0, borderpad=0, frameon=False,
+        fontsize=9, handlelength=1.4, handleheight=1,
+    )  # fmt: skip
+
+
 def _draw_image(axis, pair):
     axis.imshow(pair.image)
     axis.set_title(f"image {pair.index}", fontsize=8, pad=3)
     _caption(axis, literal(shortened(pair.name, 23)))
-    for record, colour in zip(pair.records, COLOURS, strict=True):
+    for record, look in zip(pair.records, LOOKS, strict=True):
         top, left, height, width = record.item()[:4]
-        box = {"linewidth": 1.5, "edgecolor": colour, "facecolor": "none", "clip_on": False}
-        axis.add_patch(_rectangle((left - 0.5, top - 0.5), width, height, **box))
+        axis.add_patch(_rectangle((left - 0.5, top - 0.5), width, height, **look, clip_on=False))
 
 
 def _draw_view(axis, pair, view):
     axis.imshow(np.moveaxis(pair.views[view], 0, -1), interpolation="nearest")
-    axis.set_title(LABELS[view], fontsize=8, pad=3, color=COLOURS[view], fontweight="bold")
+    axis.set_title(LABELS[view], fontsize=8, pad=3, color=LOOKS[view]["edgecolor"], fontweight="bold")
     _caption(axis, what_was_done(pair.records[view], pair.image.shape))
 
 
@@ -114,4 +128,4 @@ def what_was_done(record, shape):
 def _rectangle(*place, **look):
     from matplotlib.patches import Rectangle
 
-    return Rectangle(*place, **look)
+    return Rectangle(*place, **look, facecolor="none")

@@ -82,7 +82,8 @@ def test_convolutions_of_small_maps(kernel, stride, padding):
     names = list(network.state_dict())
     (small,) = small_maps(network)
     assert network[0] is small and list(network.state_dict()) == names
-    matrices = 0
+    matrices, windows, of_windows = 0, [], small._of_windows
+    small._of_windows = lambda x: windows.append(x) or of_windows(x)
     for size in ((1, 1), (2, 2), (1, 3), (4, 4), (5, 4), (7, 7)):
         if min(size) + 2 * padding < kernel:
             continue
@@ -92,6 +93,7 @@ def test_convolutions_of_small_maps(kernel, stride, padding):
         assert (small.matrix is not None) == (size[0] * size[1] < kernel**2)
         matrices += small.matrix is not None
     assert matrices or kernel == 1 or padding == 0
+    assert bool(windows) == (stride > 1)
 
 
 def network_of(seed=0, arch=ARCH):

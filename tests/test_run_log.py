@@ -1,6 +1,5 @@
 """What a run writes about itself: log.jsonl, TensorBoard's files, and the numbers in them."""
 
-import json
 import math
 import os
 import re
@@ -12,8 +11,8 @@ import sys
 import pytest
 import torch
 from command_lines import losses_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import WORDS, checkpoints, content, pretrained
+from written_logs import expected_scalars, lines_of, scalars
 
 import main_moco
 from moco import feature_statistics
@@ -29,15 +28,6 @@ START = {
     *("kind", "time", "program", "command", "settings", "versions", "git", "host", "device", "processes"),
     *("images", "steps", "global_batch", "batchnorm_groups", "chance", "epoch", "step"),
 }
-
-
-def lines_of(folder):
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    text = (folder / "log.jsonl").read_text()
-    assert text.endswith("\n")
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
 def test_feature_statistics_are_those_of_loops():
@@ -103,23 +93,9 @@ def test_the_log_has_every_number_and_those_of_the_console(folders, tmp_path, cl
             assert entry[name] == pytest.approx((two[0][name] + two[1][name]) / 2, rel=1e-5)
         assert entry["seconds"] == pytest.approx(two[0]["seconds"] + 2 * two[1]["seconds"])
         assert entry["images_per_s"] == pytest.approx(24 / entry["seconds"])
-    assert scalars(tmp_path / "tensorboard") == pytest.approx(expected_scalars(others), rel=1e-6)
-
-
-def scalars(folder):
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
-
-
-def expected_scalars(entries, steps=3):
-    expected = {}
-    for entry in entries:
-        place = entry["epoch"] * steps + entry.get("step", steps - 1) + 1
-        expected |= {(f"{entry['kind']}/{name}", place): entry[name] for name in NUMBERS}
-        expected |= {(f"knn/{name}", place): value for name, value in entry.get("knn", {}).items()}
-    assert len(expected) == 6 * len(NUMBERS) + 1
-    return expected
+    found = scalars(tmp_path / "tensorboard")
+    assert found == pytest.approx(expected_scalars(others), rel=1e-6)
+    assert len(found) == 6 * len(NUMBERS) + 1
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -18,12 +18,21 @@ STEP = re.compile(
 )
 
 
-def test_pretraining_prints_and_writes_what_upstream_does(pretrained):
+def long_lines(output, *paths):
+    """Those of more than 80 letters but upstream's long ones, of steps, and those with one of the paths."""
+    excused = ("Epoch: [", "Test: [")
+    lines = [line for line in output.splitlines() if not line.startswith(excused)]
+    assert len(lines) > 5 and len(lines) < len(output.splitlines())
+    return [line for line in lines if len(line) > 80 and not any(str(path) in line for path in paths)]
+
+
+def test_pretraining_prints_and_writes_what_upstream_does(pretrained, folders):
     output, out = pretrained
     assert len(STEP.findall(output)) == 2 * 3
     assert "ln(1+K) = 3.0445" in output
-    assert re.search(r"queue 100% full, \d+ images/s, \d+ s an epoch, 0 s left\n", output)
-    assert "share statistics" not in output  # as there are two BatchNorm groups
+    assert re.search(r"queue 100% full,\n   \d+ images/s, \d+ s an epoch, 0 s left\n", output)
+    assert long_lines(output, folders) == []
+    assert "a query and its key share" not in output  # as there are two BatchNorm groups
     assert "holds every one of" not in output
     assert sorted(os.listdir(out)) == ["checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "log.jsonl"]
     checkpoint = torch.load(out / "checkpoint_0001.pth.tar", weights_only=True)
@@ -79,7 +88,7 @@ def test_linear_evaluation_from_checkpoint_to_accuracy(pretrained, folders, tmp_
     )
     assert code == 0, errors
     reached = re.findall(r"^ \* Acc@1 (\d+\.\d{3}) Acc@5 100\.000$", output, re.MULTILINE)
-    assert len(reached) == 2
+    assert len(reached) == 2 and long_lines(output, folders, tmp_path, path) == []
     best = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
     newest = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert newest["best_acc1"] == best["best_acc1"] == pytest.approx(max(map(float, reached)), abs=1e-3)
@@ -136,5 +145,6 @@ def test_notes_on_one_batchnorm_group_and_on_a_long_queue(folders, tmp_path, cli
         main_moco.main, *MOCO, folders, "--output-dir", tmp_path, "--moco-k", "25", "--epochs", "1"
     )
     assert code == 0, errors
-    assert "a query and its key share statistics" in output
+    assert "statistics that\n   a query and its key share" in output
     assert "a queue of 25 keys holds every one of 24 images more than once" in output
+    assert long_lines(output, folders, tmp_path) == []

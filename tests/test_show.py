@@ -80,6 +80,11 @@ def test_a_pair_comes_with_its_image_its_boxes_and_what_was_done(folders, cli, m
         assert texts(axis) == [what_was_done(record, (30, 40))]
     assert [axis.get_title(loc="left") for axis in view_axes] == ["query", "key"]
     assert "MoCo v2 augmentation, views of 16 x 16 pixels, resize pil" in figure.texts[0].get_text()
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said[:2] == ["the query is cut out here", "the key is cut out here"]
+    boxes, examples = image_axis.patches, figure.legends[0].get_patches()[:2]
+    assert [box.get_edgecolor() for box in boxes] == [example.get_edgecolor() for example in examples]
+    assert boxes[0].get_linestyle() != boxes[1].get_linestyle()
 
 
 def test_what_was_done_is_said_in_two_lines():

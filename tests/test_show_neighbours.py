@@ -149,6 +149,12 @@ def test_for_trifeature_the_factors_that_agree_are_marked():
         ["✓ triangle", "✗ dots", "✓ red"],
         ["✗ star", "✓ solid", "✗ blue"],
     ]
+    legend = [text.get_text() for text in figure.texts[1:]]
+    assert legend == ["✓ as in the image at the left", "✗ another"]
+    many = neighbours_sheet([(one, near * 5)], "title").axes  # ten go on in a second line
+    places = [(round(axis.get_position().x0, 6), axis.get_position().y0) for axis in many[1:]]
+    assert [x for x, _ in places[:5]] == [x for x, _ in places[5:]] and len({x for x, _ in places}) == 5
+    assert min(y for _, y in places[:5]) > max(y for _, y in places[5:])
     assert agreement([(one, near)]) == "of 2 neighbours agree in shape 1, texture 1, color 1"
     assert agreement([(one, [Shown(3, "dog", view)])]) == "0 of 1 neighbours have the image's class"
 
