@@ -21,7 +21,7 @@ from moco.checkpoint import continue_from, trained_state
 from moco.data import image_folder, paths_of
 from moco.distributed import Process, check_agreement, from_first, wrap
 from moco.draws import pretraining
-from moco.encoders import base_encoder, check_bf16_on_cpu, check_image_size
+from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.execution import Execution, execution_of, start_momentum
 from moco.feature_statistics import similarities
@@ -86,8 +86,7 @@ def pretrain(process, args, folder):
     execution = execution_of(
         process.device, args.amp, args.channels_last, args.compile, args.fast, args.bn_splits
     )
-    if execution.amp == "bf16" and process.device.type == "cpu":
-        check_bf16_on_cpu(args.arch, args.image_size)
+    execution.check_network(args.arch, args.image_size)
     seed = from_first(run_seed(args.seed, checkpoint))
 
     # Data: every process loads its part of each global batch.

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moco.encoders import check_bf16_on_cpu
 from moco.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,11 @@ class Execution:
                     f"--compile does not work here ({reason}); it needs a C++ compiler on a CPU (apt install "
                     "g++) and Triton on a GPU; --no-compile goes without"
                 ) from error
+
+    def check_network(self, arch, image_size):
+        """Raise UserError when it would train the network `arch` on images of this size wrongly."""
+        if self.amp == "bf16" and self.device.type == "cpu":
+            check_bf16_on_cpu(arch, image_size)
 
     def prepare(self, *encoders):
         """Change networks in place; the names, shapes and values of their tensors stay."""

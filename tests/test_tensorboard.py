@@ -8,7 +8,8 @@ from conftest import make_folders
 from test_resume import WORDS, pretrained
 from written_logs import expected_scalars, lines_of, scalars
 
-from moco.checkpoint import encoder_state, read_checkpoint
+from moco.checkpoint import encoder_state
+from moco.checkpoint_reader import read_checkpoint
 from moco.data import Loading, image_folder
 from moco.distributed import Process
 from moco.encoders import base_encoder
