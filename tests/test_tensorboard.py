@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from conftest import make_folders
-from test_resume import WORDS, pretrained
+from test_resume import FRESH, WORDS, pretrained
 from written_logs import expected_scalars, lines_of, scalars
 
 from moco.checkpoint import encoder_state
@@ -24,7 +24,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_in_its_curves_and_in_knn(run_rank
     images, out = tmp_path / "images", tmp_path / "run"
     make_folders(images, val=20)
     out.mkdir()
-    words = [*WORDS, "-p", 1, "--knn", 1, "--tensorboard", "--resume", "auto", "--output-dir", out]
+    words = [*WORDS, *FRESH, "-p", 1, "--knn", 1, "--tensorboard", "--resume", "auto", "--output-dir", out]
     stop = (world - 1, 4, signal.SIGTERM)
     assert run_ranks(world, pretrained, words, images, stop) == [PREEMPTED] * world
     before = scalars(out / "tensorboard")
