@@ -122,7 +122,7 @@ def evaluate_features(process, args, folder):
         + f" of {folder}, {classes} classes; seed {seed}",
         *(loading_line(loader, loading), how, execution),
         *([fast_line(args, chosen)] if args.fast else []),
-        *notes(args.lr, source),
+        *notes(args, source),
     ):
         say(line)
 
@@ -206,7 +206,7 @@ def train_epoch(run, epoch, logs, shown):
         if shown.due:
             shown.note({}, memory_mb=peak_megabytes(run.process.device))
         if any(run.watch.step(heads.any_finite(run.heads, [log.loss.total for log in logs]))):
-            break
+            shown.stop()
     told, bad = run.watch.last()
     losses = heads.mean_losses(logs, run.process.device)
     if bad or not told:  # within an epoch a head that diverges is noted only at its end

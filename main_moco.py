@@ -147,7 +147,7 @@ def pretrain(process, args, folder):
         args.output_dir, process, args.tensorboard, "main_moco.py", settings=chosen, **data,
         steps=len(loader), chance=chance, epoch=epoch, step=step,
     )  # fmt: skip
-    with Signals() as signals, record:
+    with Signals() as signals, record, output:
         watch = Watch(signals, process)
         run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch, bits)
         run.data, run.chance, run.output, run.record, run.knn = data, chance, output, record, knn

@@ -73,7 +73,8 @@ def encoder_state(checkpoint, path):
     query encoder is taken) or of linear evaluation. Raises UserError when it holds neither.
     """
     state = checkpoint["state_dict"]
-    if checkpoint.get("settings", {}).get("random_bits"):
+    settings = checkpoint.get("settings")
+    if isinstance(settings, dict) and settings.get("random_bits"):
         raise UserError(
             f"{path} is of a run with --random-bits, whose encoder takes more than the three channels of an "
             "image; python -m moco.shortcuts randbit measures such encoders"

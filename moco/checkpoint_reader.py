@@ -48,7 +48,6 @@ def read_checkpoint(path):
     )
     if not (named_tensors and state):
         raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
-    _check_kinds(checkpoint, path)
     return {**checkpoint, "state_dict": plain_names(state)}
 
 
@@ -60,8 +59,8 @@ def plain_names(state_dict):
     }
 
 
-def _check_kinds(checkpoint, path):
-    """Raise UserError when an entry is not what this program, and others, put there."""
+def check_kinds(checkpoint, path):
+    """Raise UserError when an entry to go on from is not what this program, and upstream's, puts there."""
     for name, kind in KINDS.items():
         if name in checkpoint and not isinstance(checkpoint[name], kind):
             found = type(checkpoint[name]).__name__

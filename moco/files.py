@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -19,16 +20,19 @@ def fsync_path(path):
         os.close(descriptor)
 
 
-AHEAD = ".before"  # what names of files end in that were set aside
+AHEAD = ".before"  # what names of files go on with that were set aside
 
 
 def set_aside(paths, say):
-    """Give files names that end in AHEAD, in place of what has that name; say is called with a line on it."""
+    """Give files names that go on with AHEAD, and a number from the second of a name on; say is called with a
+    line on it.
+    """
     for path in paths:
-        os.replace(path, f"{path}{AHEAD}")
+        names = (f"{path}{AHEAD}{number or ''}" for number in itertools.chain([0], itertools.count(2)))
+        os.replace(path, next(name for name in names if not os.path.lexists(name)))
     if paths:
         many = f"{len(paths)} file(s) of another run in {Path(paths[0]).parent}"
-        say(f"note: {many} are set aside; their names end in {AHEAD} now")
+        say(f"note: {many} are set aside; their names go on with {AHEAD} now")
 
 
 def check_free(path, force):

@@ -76,10 +76,9 @@ def launch(worker, arguments, *, nodes=-1, node_rank=-1, url=None, backend=None,
 
 def _run(worker, arguments, url, backend, gpu):
     try:
-        with nothing_to_save():
-            process = _join(url, backend, gpu)
-            with worker_errors():  # the death of a data worker can surface anywhere in the program
-                worker(process, *arguments)
+        process = _join(url, backend, gpu)  # where no handler of ours would run while it waits for others
+        with nothing_to_save(), worker_errors():  # a data worker's death can surface anywhere in the program
+            worker(process, *arguments)
     except RuntimeError as error:
         if dist.is_initialized() and (lost := peer_loss(error)):
             raise UserError(lost) from error

@@ -67,6 +67,8 @@ def restore(heads, checkpoint, path, epochs):
     than these, where there are several, or has nothing left to do of `epochs`.
     """
     saved = checkpoint.get("heads") or [_only_head(checkpoint)]
+    if not all(isinstance(state, dict) and isinstance(state.get("history", []), list) for state in saved):
+        raise UserError(f"{path} is no checkpoint of this program: its entry heads holds other things")
     before, here = [state.get("lr") for state in saved], [head.lr for head in heads]
     if max(len(before), len(here)) > 1 and before != here:
         raise UserError(

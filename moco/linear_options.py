@@ -38,9 +38,12 @@ def check(args):
         del args.lr[1:]  # a checkpoint's own entries are of one classifier, however it was trained
 
 
-def notes(lrs, source):
+def notes(args, source):
     """What a user should know about this run, a line each. source: the checkpoint of the features."""
     yield f"features of {source}" if source else "no --pretrained: features of an untrained encoder"
+    if args.pretrained and source != args.pretrained:
+        yield f"note: --pretrained {args.pretrained} is not read: what goes on has its features"
+    lrs = args.lr
     if len(lrs) > 1:
         yield f"{len(lrs)} classifiers; the lines of steps show the best so far, at first --lr {lrs[0]:g}"
 

@@ -1,6 +1,7 @@
 """What a linear evaluation found: a table of its heads, the classes it confuses, and both for programs."""
 
 import json
+import textwrap
 from collections import Counter
 
 from moco.distributed import everybodys
@@ -42,7 +43,8 @@ def accuracies(heads, reached, best):
             f"{head.lr:g}: " + ("diverged" if head.diverged is not None else f"{acc1:.3f}")
             for head, (acc1, _) in zip(heads, reached, strict=True)
         ]
-        yield f"   of --lr {heads[best].lr:g}; Acc@1 of each --lr: {', '.join(each)}"
+        said = f"of --lr {heads[best].lr:g}; Acc@1 of each --lr: {', '.join(each)}"
+        yield from textwrap.wrap(said, 80, initial_indent="   ", subsequent_indent="   ")
 
 
 def epoch_entry(heads, best, losses, reached, logs, shown):
@@ -78,10 +80,11 @@ def lines(heads, names, confusion, best_acc1, path):
     confusion: of confusion_of, or None when no image was ever classified right; path: where `write` wrote it.
     """
     yield from table(heads)
+    yield f"all of it is in {path}"
     best = best_head(heads)
     if confusion is not None:
         of_head = f" at --lr {best.lr:g}" if len(heads) > 1 else ""
-        yield f"the worst of {len(names)} classes{of_head}, after epoch {best.best['epoch']} (all in {path}):"
+        yield f"the worst of {len(names)} classes{of_head}, after epoch {best.best['epoch']}:"
         yield from worst_classes(confusion, names)
     if len(heads) > 1:
         yield f"--lr {best.lr:g} is the best of {len(heads)} compared on the validation split itself,"

@@ -36,7 +36,8 @@ class RunLog:
     @property
     def linear(self):
         """Whether the run is a linear evaluation."""
-        return any(start.get("program") == "main_lincls.py" for start in self.starts)
+        named = any(start.get("program") == "main_lincls.py" for start in self.starts)
+        return named or any("val_acc1" in entry for entry in self.epochs)
 
     @property
     def chances(self):

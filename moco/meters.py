@@ -89,17 +89,19 @@ class StepLog:
 
     def means(self):
         """The pass as numbers to be written: its seconds, and means of the rest, for what was noted over the
-        steps that were due. Time and rate are those of this start.
+        steps that were due. Time and rate are those of this start, None when it had no step.
         """
-        seconds, steps = self.seconds.total, max(self.seconds.count, 1)
+        steps = self.seconds.count
+        times = dict.fromkeys(("seconds", "data_seconds", "images_per_s"))
+        if steps:
+            own = self.seconds.total, self.waiting.total / steps, self._since(self._start)["images_per_s"]
+            times = dict(zip(times, own, strict=True))
         return {
             "loss": self.loss.mean,
             "acc1": self.top1.mean,
             "acc5": self.top5.mean,
             **{name: meter.mean for name, meter in self._meters.items()},
-            "seconds": seconds,
-            "data_seconds": self.waiting.total / steps,
-            "images_per_s": self._since(self._start)["images_per_s"],
+            **times,
         }
 
     def state_dict(self):

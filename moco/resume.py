@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and whether it can."""
 
 from moco.checkpoint import check_arch
-from moco.checkpoint_reader import read_checkpoint
+from moco.checkpoint_reader import check_kinds, read_checkpoint
 from moco.distributed import from_first
 from moco.errors import UserError
 
@@ -21,6 +21,8 @@ def start_from(process, resume, output, arch, say, features=""):
     path = source or features
     checkpoint = read_checkpoint(path) if path else {}
     check_arch(checkpoint, arch, path)
+    if source:
+        check_kinds(checkpoint, source)
     return source, checkpoint
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +48,17 @@ class RunFolder:
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """When something else ends the run, say that the last file could not be written, if it could not."""
+        if kind is not None:
+            try:
+                self.wait()
+            except UserError as error:
+                print(f"warning: {error.sentence}", file=sys.stderr, flush=True)
 
     def tidy(self):
         """Remove what need not stay beside the newest of this run, when that is written."""

@@ -218,6 +218,7 @@ def test_what_can_go_on_is_noted_and_what_does_not_matter_is_not(stopped, folder
     assert notes == [
         f"note: schedule was [2] in {newest} and is [1, 2] from here on",
         f"note: weight_decay was 0.0 in {newest} and is 0.5 from here on",
+        "note: --pretrained nowhere is not read: what goes on has its features",
     ]
     # A checkpoint of before says nothing of this, and a validation alone does not ask.
     old = {"settings", "data", "classes", "step", "logs"}

@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import socket
 import time
 
 import pytest
 import started_runs
 import test_resume
-from started_runs import LONG, Spawned, alive, all_end, at_step
+from forked_program import gone_within
+from started_runs import LONG, Forked, Spawned, alive, all_end, at_step
 from test_resume import WORDS, checkpoints, content, pretrained
 
 import main_moco
@@ -65,6 +67,18 @@ def test_a_run_that_has_nothing_to_save_ends_as_one_that_can_go_on(
     code, _, errors = cli(main_moco.main, *WORDS, "-j", "0", folders, "--output-dir", tmp_path)
     assert (code, errors) == (PREEMPTED, "") and checkpoints(tmp_path) == []
     assert signal.getsignal(number) is handler
+
+
+def test_a_run_that_waits_for_other_nodes_ends_at_once(folders, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = probe.getsockname()
+    nodes = ["--world-size", "2", "--rank", "0", "--dist-url", f"tcp://127.0.0.1:{place[1]}"]
+    with Forked(*WORDS, *nodes, folders, "--output-dir", tmp_path) as run:
+        assert gone_within(20, lambda: socket.socket().connect_ex(place) == 0)  # it listens
+        time.sleep(0.5)
+        os.kill(run.pid, signal.SIGTERM)
+        assert run.end(10) == -signal.SIGTERM, run.output
 
 
 def stand_still():

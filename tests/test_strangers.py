@@ -17,7 +17,7 @@ from test_resume import WORDS
 import main_lincls
 import main_moco
 from moco.checkpoint import save_checkpoint
-from moco.checkpoint_reader import read_checkpoint
+from moco.checkpoint_reader import check_kinds, read_checkpoint
 from moco.errors import UserError
 
 
@@ -108,11 +108,9 @@ def test_an_entry_of_another_type_is_named(tmp_path, entry, value):
         tmp_path / "x.pth.tar",
         {"log": {"Loss": (torch.zeros(()), 3)}, **upstream_layout(mlp=True)[0]},
     )
-    save_checkpoint(good, path)
-    read_checkpoint(path)
-    save_checkpoint({**good, entry: value}, path)
+    check_kinds(good, path)
     with pytest.raises(UserError, match=f"its entry {entry} "):
-        read_checkpoint(path)
+        check_kinds({**good, entry: value}, path)
 
 
 def test_every_flipped_bit_is_found(tmp_path):
