@@ -50,17 +50,17 @@ def accuracies(heads, reached, best):
 def epoch_entry(heads, best, losses, reached, logs, shown):
     """An epoch for linear.jsonl: the entry of head number `best`, and those of all as `heads`.
 
-    A head's: its learning rates, means of loss and accuracies (of this process) in training, and accuracies
-    in validation; all but the first null in one that has diverged. losses, (top-1, top-5) in `reached`,
-    StepLogs in `logs`: of each; shown: the log that kept the time.
+    A head's: its --lr, learning rate, means of loss and accuracies (of this process) in training, and
+    accuracies in validation; all but the first null in one that has diverged. losses, (top-1, top-5) in
+    `reached`, StepLogs in `logs`: of each; shown: the log that kept the time.
     """
     entries = []
     for head, loss, (val_acc1, val_acc5), log in zip(heads, losses, reached, logs, strict=True):
-        measured = {"loss": loss, "acc1": log.top1.mean, "acc5": log.top5.mean}
+        measured = {**head.rates, "loss": loss, "acc1": log.top1.mean, "acc5": log.top5.mean}
         measured |= {"val_acc1": val_acc1, "val_acc5": val_acc5}
         if head.diverged is not None:
-            measured = dict.fromkeys(measured)
-        entries.append({**head.rates, **measured, "diverged": head.diverged})
+            measured = dict.fromkeys(measured) | {"head": head.lr}
+        entries.append({**measured, "diverged": head.diverged})
     return shown.means() | entries[best] | {"heads": entries}
 
 

@@ -162,6 +162,7 @@ def _draw_run(panel, axis, log, name, run, look, runs):
     if means and not (panel.exact and steps):
         apart = 0.025 * run % 0.12, 0.12  # the first marker and the distances, in diagonals of the panel
         marks = {"marker": _marker(run), "markersize": 4.5, "markevery": 1 if len(means) < 12 else apart}
+        marks |= {"drawstyle": "steps-mid" if panel is LEARNING_RATE else "default"}
         axis.plot(means_x, means, linewidth=1.4, zorder=3, **look, **marks, gid=f"{run} {name} epochs")
 
 
