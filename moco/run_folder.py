@@ -34,10 +34,15 @@ class RunFolder:
         one before stays besides those that are kept, as what was trained since is known to be sound only
         when the next is saved. Raises UserError when this one, or the one before, cannot be written.
         """
-        self.tidy()
         epoch, step = checkpoint["epoch"], checkpoint["step"]
         name = f"checkpoint_{epoch:04d}_{step:06d}" if step else f"checkpoint_{epoch - 1:04d}"
-        self._newest = self.path / f"{name}.pth.tar"
+        path = self.path / f"{name}.pth.tar"
+        try:
+            self.tidy()
+        except UserError:
+            save_checkpoint(checkpoint, path)  # what hindered the one before may be over
+            raise
+        self._newest = path
         thread = ThreadPoolExecutor(1)  # which Python waits for before it ends
         self._under_way = thread.submit(save_checkpoint, copied(checkpoint), self._newest)
         thread.shutdown(wait=False)
