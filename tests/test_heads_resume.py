@@ -42,6 +42,10 @@ def measured(out):
     return [{name: value for name, value in entry.items() if name not in times} for entry in log.epochs]
 
 
+def printed(output):
+    return [(int(e), int(s)) for e, s in re.findall(r"^Epoch: \[(\d)\]\[(\d)/3\]", output, re.M)]
+
+
 # Two heads, so two calls a step: 3 training and 2 validation steps an epoch. In two processes it is heard a
 # step later, and they have but one validation step in common: a signal in it is heard when that is over.
 @pytest.mark.parametrize(
@@ -58,6 +62,7 @@ def test_a_signal_stops_it_and_it_goes_on_exactly(
     where = f"in epoch {epoch} after {step} of 3 steps" if step else f"after epoch {epoch - 1}"
     said = f"stopped {where}, as {name} said: {path} has it all; --resume auto goes on"
     assert output.splitlines()[-1] == said and not (tmp_path / "linear.json").exists()
+    assert printed(output) == [(e, s) for e in range(3) for s in range(3) if (e, s) < (epoch, step)]
     stopped = load(tmp_path)
     assert (stopped["epoch"], stopped["step"], len(stopped["logs"])) == (epoch, step, world * (step > 0))
     expected = entries(whole(run_ranks, world))
@@ -65,9 +70,12 @@ def test_a_signal_stops_it_and_it_goes_on_exactly(
 
     codes, output = run(run_ranks, world, folders, tmp_path, *words, "--resume", "auto")
     assert codes == [0] * world
-    steps = [(int(e), int(s)) for e, s in re.findall(r"^Epoch: \[(\d)\]\[(\d)/3\]", output, re.M)]
-    assert steps == [(e, s) for e in range(3) for s in range(3) if (e, s) >= (epoch, step)]
+    assert printed(output) == [(e, s) for e in range(3) for s in range(3) if (e, s) >= (epoch, step)]
     assert entries(tmp_path) == expected
+    rates = [entry["images_per_s"] for entry in read_log(tmp_path / "linear.jsonl").epochs]
+    assert [rate is None for rate in rates] == [
+        e == epoch and step == 3 for e in range(3)
+    ]  # had no step left
     assert measured(tmp_path) == measured(whole(run_ranks, world)) and len(measured(tmp_path)) == 3
     assert not (tmp_path / "checkpoint_previous.pth.tar").exists()
 
