@@ -80,8 +80,7 @@ class Run:
 
 def pretrain(process, args, folder):
     """Train in one process of the run, from where it stands to the last epoch."""
-    say = process.say
-    output = RunFolder(args.output_dir, args.keep, args.save_freq)
+    say, output = process.say, RunFolder(args.output_dir, args.keep, args.save_freq)
     source, checkpoint = start_from(process, args.resume, output, args.arch, say)
     how_to = args.amp, args.channels_last, args.compile, args.fast, args.bn_splits
     execution = execution_of(process.device, *how_to)
@@ -147,11 +146,9 @@ def pretrain(process, args, folder):
         steps=len(loader), chance=chance, epoch=epoch, step=step,
     )  # fmt: skip
     with Signals() as signals, record, output:
-        run = Run(
-            args, process, seed, chosen, loader, finish, execution, model, optimizer, Watch(signals, process)
-        )
-        run.bits, run.data, run.chance = bits, data, chance
-        run.output, run.record, run.knn = output, record, knn
+        watch = Watch(signals, process)
+        run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch, bits)
+        run.data, run.chance, run.output, run.record, run.knn = data, chance, output, record, knn
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
         train(run, epoch, step, checkpoint.get("log", {}) | checkpoint.get("noted", {}))
 
