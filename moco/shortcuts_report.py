@@ -116,21 +116,35 @@ def _plain_rows(results, names, columns):
 
 def _difference_lines(found, names, columns):
     """Each row less the row of epsilon 0 with all else equal, over the seeds that both have."""
-    lines = []
+    pairs = {}
     for key, runs in found.items():
         base = sound(found.get((*key[:-1], 0.0), {}))
-        pairs = [(run, base[seed]) for seed, run in sound(runs).items() if seed in base]
-        if key[-1] == 0 or not pairs:
-            continue
-        cells = [cell([score(run, c) - score(plain, c) for run, plain in pairs], 1, True) for c in columns]
-        loss = cell(
-            [run["losses"]["info_nce"] - plain["losses"]["info_nce"] for run, plain in pairs], 3, True
-        )
-        lines.append(_line([*_setting(key, names), str(len(pairs)), loss, *cells]))
-    if not lines:
+        mine = [(run, base[seed]) for seed, run in sound(runs).items() if seed in base]
+        if key[-1] != 0 and mine:
+            pairs[key] = mine
+    if not pairs:
         return []
+    text = "Difference to epsilon 0 with the same seed, in points"
+    if len({T for _, T, *_ in pairs}) > 1 and max(map(len, pairs.values())) > 1:  # not of one seed
+        pairs |= _over_temperatures(pairs)
+        text += "; T all: pairs of every T, taken as independent"
     head = _head([TITLES[name] for name in names] + ["pairs", "InfoNCE", *columns])
-    return ["", "Difference to epsilon 0 with the same seed, in points:", "", *head, *lines]
+    lines = [_difference_line(key, mine, names, columns) for key, mine in pairs.items()]
+    return ["", f"{text}:", "", *head, *lines]
+
+
+def _over_temperatures(pairs):
+    """The same pairs, those of all temperatures together."""
+    together = {}
+    for (recipe, _, *rest), mine in pairs.items():
+        together.setdefault((recipe, "all", *rest), []).extend(mine)
+    return dict(sorted(together.items()))
+
+
+def _difference_line(key, pairs, names, columns):
+    losses = [run["losses"]["info_nce"] - plain["losses"]["info_nce"] for run, plain in pairs]
+    cells = [cell([score(run, c) - score(plain, c) for run, plain in pairs], 1, True) for c in columns]
+    return _line([*_setting(key, names), str(len(pairs)), cell(losses, 3, True), *cells])
 
 
 def _setting(key, names):

@@ -82,7 +82,7 @@ def cells(text):
 def test_the_table_holds_means_intervals_and_paired_differences():
     results = made()
     plain, differences = cells(table(results))
-    assert len(plain) == 2 + 12 and len(differences) == 8
+    assert len(plain) == 2 + 12 and len(differences) == 8 + 4
     assert plain[0]["recipe"] == "chance" and "bits" not in plain[0]
     assert plain[1]["recipe"] == "untrained"
     for column in (*FACTORS, "worst"):
@@ -96,7 +96,7 @@ def test_the_table_holds_means_intervals_and_paired_differences():
         for column in (*FACTORS, "worst"):
             values = scores(runs, column)
             assert row[column] == f"{values.mean():.1f} ± {half(values):.1f}"
-    for row in differences:
+    for row in differences[:8]:
         place = {"recipe": row["recipe"], "T": float(row["T"])}
         runs, base = (of(results, **place, epsilon=e) for e in (float(row["epsilon"]), 0))
         for column in (*FACTORS, "worst"):
@@ -105,6 +105,26 @@ def test_the_table_holds_means_intervals_and_paired_differences():
         one, two = ([run["losses"]["info_nce"] for run in group] for group in (runs, base))
         loss = np.array(one) - np.array(two)
         assert row["pairs"] == "3" and row["InfoNCE"] == f"{loss.mean():+.3f} ± {half(loss):.3f}"
+
+
+def test_the_table_holds_differences_over_all_temperatures_where_there_are_several():
+    results = [result for result in made() if result["name"] != "v2_T0.2_eps0_bits0_seed1"]
+    text = table(results)
+    places = itertools.product(("crops", "v2"), EPSILONS[1:])
+    for row, (recipe, epsilon) in zip(cells(text)[1][8:], places, strict=True):
+        assert (row["recipe"], row["T"], row["epsilon"]) == (recipe, "all", f"{epsilon:g}")
+        pairs = list(itertools.product(TEMPERATURES, SEEDS))
+        if recipe == "v2":
+            pairs.remove((0.2, 1))
+        values = []
+        for T, seed in pairs:
+            (one,), (two,) = (of(results, recipe=recipe, T=T, seed=seed, epsilon=e) for e in (epsilon, 0))
+            values.append(scores([one], "shape")[0] - scores([two], "shape")[0])
+        assert row["pairs"] == str(len(pairs))
+        assert row["shape"] == f"{np.mean(values):+.1f} ± {half(values):.1f}"
+    assert "T all: pairs of every T" in text
+    assert "all" not in table([result for result in results if result.get("T") != 0.2])
+    assert "all" not in table([result for result in results if result["seed"] == 0])
 
 
 def diverged(results, **place):
@@ -129,7 +149,7 @@ def test_diverged_runs_are_shown_and_their_pairs_left_out(tmp_path):
     assert some["seeds"] == "2, 1 diverged" and some["shape"] == f"{values.mean():.1f} ± {half(values):.1f}"
     assert none["seeds"] == "0, 3 diverged" and none["shape"] == ""
     pairs = {(row["recipe"], row["T"], row["epsilon"]): row["pairs"] for row in differences}
-    assert pairs["v2", "0.2", "0.5"] == "2" and ("crops", "0.07", "0.5") not in pairs and len(pairs) == 7
+    assert pairs["v2", "0.2", "0.5"] == "2" and ("crops", "0.07", "0.5") not in pairs and len(pairs) == 7 + 4
     assert text.count("diverged: the loss of epoch 3 became nan or infinite") == 4
     assert "v2_T0.2_eps0_bits0_seed1 diverged: the loss" in text
     figure_of("trifeature", results)
