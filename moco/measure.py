@@ -31,6 +31,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
     Everything is a function of these, the number of threads and the machine.
     """
+    from moco.meeting import code_hash
     from moco.versions import versions
 
     settings = checkpoint["settings"] if checkpoint else untrained
@@ -49,7 +50,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
             "info_nce": loss,
             "info_nce_acc1": accuracy,
         }
-    result["versions"] = versions()
+    result |= {"versions": versions(), "code": code_hash()}
     return result
 
 
@@ -58,8 +59,10 @@ def plain_loss(model, folder, settings, device):
 
     It is the epoch that would come next, with the views that it would have, in the run's own arrangement
     (shuffled BatchNorm over groups, a queue that moves on), at a learning rate of 0 and a key momentum of 1:
-    so it means the same for every epsilon, whose own training loss has the perturbation in it. BatchNorm's
-    running statistics and the queue of `model` (a MoCo) change.
+    so it means the same for every epsilon, whose own training loss has the perturbation in it. New keys come
+    from the key encoder as it was at the end, while in training old keys are of older weights and easier to
+    tell apart: so also without IFM this is not the training loss, but higher, the more so at a low
+    temperature. BatchNorm's running statistics and the queue of `model` (a MoCo) change.
     """
     import torch
 

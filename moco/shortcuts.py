@@ -7,6 +7,7 @@ A sweep can be stopped (Ctrl-C) and continued by the same command, also with mor
 """
 
 import itertools
+import json
 import os
 import signal
 from pathlib import Path
@@ -32,16 +33,20 @@ def main():
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; leave the flag out, or say --device cpu")
-    data = Path(getattr(args, "data", None) or Path(args.out) / "data")
+    given = getattr(args, "data", None)
+    data = Path(given or Path(args.out) / "data")
     runs = _runs(args)
-    _check_runs(args, runs, data)
+    images = _images_of(args, data)
+    _check_runs(args, runs, data, images)
+    settings = _settings(args) | ({"data": str(data.resolve()), "images": images} if given else {})
     with locked(args.out) as lock:
-        settle(args.out, _settings(args))
-        if getattr(args, "data", None) is None:
-            trifeature.ensure(data, 2 * args.image_size, args.renders)
+        settle(args.out, settings)
+        if not given:
+            _draw(data, 2 * args.image_size, args.renders)
         factors = args.factors or factors_of(data)
         done = {result["name"] for result in read_results(args.out)}
-        jobs = [job for job in (_job(args, run, data, factors) for run in runs) if job.name not in done]
+        jobs = [job for job in (_job(args, run, data, factors, settings) for run in runs)
+                if job.name not in done]  # fmt: skip
         side_by_side = args.jobs or (PER_GPU if args.device == "cuda" else available_cores())
         print(f"{len(runs)} runs, {len(runs) - len(jobs)} of them done; {side_by_side} side by side on "
               f"{args.device}", flush=True)  # fmt: skip
@@ -74,19 +79,44 @@ def _runs(args):
     return runs
 
 
-def _check_runs(args, runs, data):
+def _images_of(args, data):
+    """The number of training images. Leaves `args.factors` None where it names all that there are."""
+    from moco.data import labelled_folders
+
+    given = getattr(args, "data", None) is not None
+    known = factors_of(data) if given else list(trifeature.FACTORS)
+    for factor in args.factors or ():
+        if factor not in known:
+            raise UserError(f"there is no factor {factor!r} to read; choose of {', '.join(known)}")
+    if args.factors:
+        args.factors = [factor for factor in known if factor in args.factors]
+    if args.factors == known:
+        args.factors = None
+    if given:
+        return len(labelled_folders(data, None if known == [AS_FOLDERS] else known[0])[0])
+    if 2 * args.image_size not in trifeature.SIZES:
+        largest = trifeature.SIZES[-1] // 2
+        raise UserError(f"--image-size {args.image_size} is more than Trifeature's {largest}; lower it")
+    return args.renders * (len(trifeature.COMBINATIONS) - len(trifeature.held_out(0)))
+
+
+def _check_runs(args, runs, data, images):
     """Let main_moco.py's own checks see every command before anything is drawn or started."""
     import torch
 
-    from moco.data import Loading, labelled_folders
+    from moco.data import Loading
     from moco.distributed import Process
     from moco.encoders import base_encoder, check_image_size
     from moco.pretrain_options import check
     from moco.pretrain_options import parse_args as pretraining_args
+    from moco.random_bits import MOST
 
     for epsilon in args.epsilon:
         if not epsilon >= 0:
             raise UserError(f"--epsilon must be 0 or more, not {epsilon}")
+    for count in getattr(args, "bits", ()):
+        if not 0 <= count <= MOST:
+            raise UserError(f"--bits must be between 0 and {MOST}, not {count}")
     base_encoder(args.arch)
     check_image_size(args.arch, args.image_size)
     for run in runs:
@@ -94,19 +124,20 @@ def _check_runs(args, runs, data):
             check(pretraining_args(_pretraining(args, run, data, Path("runs"))[1:]))
         elif not 0 <= run["seed"] < 2**63:
             raise UserError(f"--seeds must be between 0 and 2^63 - 1, not {run['seed']}")
-    given = getattr(args, "data", None) is not None
-    known = factors_of(data) if given else list(trifeature.FACTORS)
-    for factor in args.factors or ():
-        if factor not in known:
-            raise UserError(f"there is no factor {factor!r} to read; choose of {', '.join(known)}")
-    images = args.renders * (len(trifeature.COMBINATIONS) - len(trifeature.held_out(0)))
-    if given:
-        images = len(labelled_folders(data, None if known == [AS_FOLDERS] else known[0])[0])
-    elif 2 * args.image_size not in trifeature.SIZES:
-        largest = trifeature.SIZES[-1] // 2
-        raise UserError(f"--image-size {args.image_size} is more than Trifeature's {largest}; lower it")
     process = Process.alone(torch.device("cpu"))
     Loading(args.image_size, "pil", args.batch_size).check_batch(images, data, process, args.bn_splits)
+
+
+def _draw(data, size, renders):
+    """Draw Trifeature into the folder `data`, or check that it was drawn so. UserError."""
+    settings = {"version": trifeature.VERSION, "size": size, "renders": renders, "seed": 0}
+    trifeature.ensure(data, size, renders)
+    try:
+        before = json.loads((data / trifeature.SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{data} is no Trifeature set ({error}); choose another --out") from error
+    if before != settings:
+        raise UserError(f"{data} was drawn with {before}, not {settings}; choose another --out")
 
 
 def _settings(args):
@@ -115,26 +146,35 @@ def _settings(args):
     return {name: value for name, value in vars(args).items() if name not in apart}
 
 
-def _job(args, run, data, factors):
+def _job(args, run, data, factors, settings):
     T = ""
     if run["trained"]:
         T = f"{run['recipe']}_T{_number(run['T'])}_eps{_number(run['epsilon'])}_"
     bits = f"bits{run['bits']}_" if args.kind == "randbit" else ""
-    folder = Path(args.out).resolve() / "runs" / f"{T or 'untrained_'}{bits}seed{run['seed']}"
-    measuring = ["-m", "moco.measure", str(Path(data).resolve()), str(folder / "measured.json"), "--factors"]
-    measuring += factors
-    if not run["trained"]:
-        measuring += _flags("--untrained", a=args.arch, image_size=args.image_size, seed=run["seed"])
-        measuring += ["--random-bits", str(run["bits"])]
-        return Job({"kind": args.kind, **run, **_settings(args)}, [("measure", measuring)], folder)
-    pretraining = _pretraining(args, run, Path(data).resolve(), folder)
-    newest = folder / f"checkpoint_{args.epochs - 1:04d}.pth.tar"
-    commands = [("pretrain", pretraining), ("measure", [*measuring, "--pretrained", str(newest)])]
-    if newest.is_file():
+    name = f"{T or 'untrained_'}{bits}seed{run['seed']}"
+    places = Path(data), Path(args.out, "runs", name)  # as the user named folders
+    commands = _commands(args, run, factors, *(place.resolve() for place in places))
+    told = ["python", *_commands(args, run, factors, *places)[0][1]]
+    folder = places[1].resolve()
+    if run["trained"] and (folder / _newest(args)).is_file():
         del commands[0]
-    told = _pretraining(args, run, data, Path(args.out, "runs", folder.name))  # as the user named folders
-    run = {"kind": args.kind, **run, **_settings(args), "command": ["python", *told]}
-    return Job(run, commands, folder)
+    return Job({"kind": args.kind, **run, **settings, "command": told}, commands, folder)
+
+
+def _commands(args, run, factors, data, folder):
+    """What a run consists of: [(what it is, its words after `python`), ...]."""
+    measuring = ["-m", "moco.measure", str(data), str(folder / "measured.json"), "--factors", *factors]
+    if not run["trained"]:
+        flags = _flags("--untrained", a=args.arch, image_size=args.image_size, seed=run["seed"],
+                       random_bits=run["bits"])  # fmt: skip
+        return [("measure", [*measuring, *flags])]
+    pretraining = _pretraining(args, run, data, folder)
+    return [("pretrain", pretraining), ("measure", [*measuring, "--pretrained", str(folder / _newest(args))])]
+
+
+def _newest(args):
+    """The name of the checkpoint that a finished run leaves."""
+    return f"checkpoint_{args.epochs - 1:04d}.pth.tar"
 
 
 def _pretraining(args, run, data, folder):

@@ -4,10 +4,24 @@ import math
 
 from moco.errors import UserError
 from moco.intervals import interval
-from moco.shortcuts_report import factors_in, rows, score, sound, untrained
+from moco.shortcuts_report import (
+    WORST,
+    columns_of,
+    differences,
+    loss_at_chance,
+    rows,
+    score,
+    sound,
+    untrained,
+)
 
 MARKERS = "os^Dv<>P"
 STYLES = ("-", "--", "-.", ":")
+GAIN = "gain"  # of the factor that a run reads worst over epsilon 0, paired by seed
+NOTE = (
+    "Bars: 95 % t intervals over seeds; hollow: one run, no interval. {spaced}worst: the factor that a run\n"
+    "reads worst; its gain: over epsilon 0 with the same seed, in points. {losses}"
+)
 
 
 def draw(kind, results, path):
@@ -22,105 +36,145 @@ def figure_of(kind, results):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("the figure needs matplotlib: `pip install matplotlib`") from error
-    found = {key: good for key, runs in rows(results).items() if (good := list(sound(runs).values()))}
-    factors = factors_in(results)
-    lines = _lines_of(kind, found, factors)
+    found = _Found(results)
     of_bits = kind == "randbit"
-    figure = Figure(figsize=(10, 1.1 + (2.6 if of_bits else 1.9) * len(lines)), dpi=100, layout="constrained")
+    lines = found.places if of_bits else [(recipe, what) for recipe in found.recipes for what in found.shown]
+    height = 1.5 + (2.6 if of_bits else 1.6) * len(lines)
+    figure = Figure(figsize=(10, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     shared = {} if of_bits else {"sharex": "col", "sharey": "row"}
-    axes = figure.subplots(len(lines), len(factors) if of_bits else 3, squeeze=False, **shared)
+    axes = figure.subplots(len(lines), len(found.shown) if of_bits else 3, squeeze=False, **shared)
     for row, line in zip(axes, lines, strict=True):
-        (_against_bits if of_bits else _against_all)(row, line, found, factors, results)
+        (_against_bits if of_bits else _against_all)(row, line, found)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        low, high = axis.get_ylim()  # an interval of two seeds can be wider than what is possible
-        axis.set_ylim(max(low, -2), min(high, 102))
     if not of_bits:
         for axis, label in zip(axes[-1], ("InfoNCE loss", "T", "epsilon"), strict=True):
             axis.set_xlabel(label)
     figure.align_ylabels(axes[:, 0])
+    spaced, losses = ("", "") if of_bits else ("T and epsilon: evenly spaced. ", "Losses compare within a T.")
+    figure.supxlabel(NOTE.format(spaced=spaced, losses=losses), fontsize="small", x=0.01, ha="left")
     _legend(figure, axes)
     return figure
 
 
-def _lines_of(kind, found, factors):
-    """What each row of panels is about."""
-    if kind == "randbit":
-        return list(dict.fromkeys(key[:2] for key in found))  # recipe and T
-    return [(recipe, factor) for recipe in dict.fromkeys(key[0] for key in found) for factor in factors]
+class _Found:
+    """What there is to draw.
+
+    runs: {(recipe, T, bits, epsilon): its sound runs}; shown: the factors, the worst, and its gain if it has
+    one; recipes, temperatures, bits, epsilons, places (recipe, T): all that there are in runs, in order.
+    """
+
+    def __init__(self, results):
+        found = rows(results)
+        self.runs = {key: good for key, runs in found.items() if (good := list(sound(runs).values()))}
+        self.differences = differences(found, [WORST])
+        self.untrained, self.chance = untrained(results), loss_at_chance(results)
+        self.shown = [*columns_of(results), *([GAIN] if self.differences else [])]
+        self.places = list(dict.fromkeys(key[:2] for key in self.runs))
+        self.recipes, self.temperatures, self.bits, self.epsilons = map(_once, zip(*self.runs, strict=True))
+
+    def values(self, key, what):
+        """Of each run of a setting, what a panel shows; none for the gain of epsilon 0."""
+        if what == GAIN:
+            return [found[WORST] for found in self.differences.get(key, {}).values()]
+        return [score(run, what) for run in self.runs[key]]
+
+    def levels(self, what, bits=None):
+        """The same of untrained encoders."""
+        chosen = [run for run in self.untrained if bits is None or run["bits"] == bits]
+        return [0.0] if what == GAIN else [score(run, what) for run in chosen]
 
 
-def _against_all(row, line, found, factors, results):
-    """A factor under a recipe against loss, T and epsilon, the latter two evenly spaced."""
-    recipe, factor = line
-    mine = {key: runs for key, runs in found.items() if key[0] == recipe}
-    epsilons, temperatures = (sorted({key[i] for key in found}) for i in (3, 1))
+def _against_all(row, line, found):
+    """One quantity under a recipe against loss, T and epsilon, the latter two evenly spaced."""
+    recipe, what = line
+    epsilons, temperatures = found.epsilons, found.temperatures
     shades = _shades(len(epsilons))
-    for (_, T, _, epsilon), runs in mine.items():
-        losses = [run["losses"]["info_nce"] for run in runs]
-        style = {"color": shades[epsilons.index(epsilon)], "marker": _marker(temperatures.index(T))}
-        _points(row[0], [losses], [_scores(runs, factor)], **style)
+    values = {key: found.values(key, what) for key in found.runs if key[0] == recipe}
+    for key in values:
+        losses = [run["losses"]["info_nce"] for run in found.runs[key]]
+        style = {"color": shades[epsilons.index(key[3])], "marker": _marker(temperatures.index(key[1]))}
+        _points(row[0], [losses], [values[key]], **style)
     for e, epsilon in enumerate(epsilons):
-        chosen = {temperatures.index(k[1]): runs for k, runs in mine.items() if k[3] == epsilon}
+        chosen = {temperatures.index(k[1]): values[k] for k in values if k[3] == epsilon}
         style = {"label": f"epsilon {epsilon:g}", "color": shades[e], "marker": "."}
-        _curve(row[1], chosen, factor, _beside(e, len(epsilons)), **style)
+        _curve(row[1], chosen, _beside(e, len(epsilons)), **style)
     for t, T in enumerate(temperatures):
-        chosen = {epsilons.index(k[3]): runs for k, runs in mine.items() if k[1] == T}
+        chosen = {epsilons.index(k[3]): values[k] for k in values if k[1] == T}
         gray = f"{0.6 * t / max(1, len(temperatures) - 1):.2f}"
         style = {"label": f"T {T:g}", "color": gray, "marker": _marker(t), "linestyle": STYLES[t % 4]}
-        _curve(row[2], chosen, factor, _beside(t, len(temperatures)), **style)
-    for axis, values in ((row[1], temperatures), (row[2], epsilons)):
-        axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-    runs = untrained(results)
-    if runs:
-        mean, half = interval(_scores(runs, factor))
-        for axis in row:
-            axis.axhline(mean, color="gray", linestyle=":", label="untrained")
-            if not math.isnan(half):
-                axis.axhspan(mean - half, mean + half, color="gray", alpha=0.15, linewidth=0)
-    row[0].set_ylabel(f"{factor}, % ({recipe})")
+        _curve(row[2], chosen, _beside(t, len(temperatures)), **style)
+    for axis, ticks in ((row[1], temperatures), (row[2], epsilons)):
+        axis.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
+    if found.chance is not None:
+        row[0].axvline(found.chance, color="gray", linestyle="-.", linewidth=1, label="loss at chance")
+    mean, half = interval(found.levels(what))
+    for axis in row if not math.isnan(mean) else ():
+        axis.axhline(mean, color="gray", linestyle=":", label="_" if what == GAIN else "untrained")
+        if not math.isnan(half):
+            axis.axhspan(mean - half, mean + half, color="gray", alpha=0.15, linewidth=0)
+    row[0].set_ylabel(f"{_axis_label(what)}\n({recipe})")
+    for axis in row:
+        _within_percent(axis, what)
 
 
-def _against_bits(row, line, found, factors, results):
-    """All factors under a recipe and a temperature, each against the number of bits."""
+def _against_bits(row, line, found):
+    """All quantities under a recipe and a temperature, each against the number of bits."""
     recipe, T = line
-    epsilons, counts = (sorted({key[i] for key in found}) for i in (3, 2))
+    epsilons, counts = found.epsilons, found.bits
     gap = min((b - a for a, b in zip(counts, counts[1:], strict=False)), default=1)
-    shades, bits = _shades(len(epsilons)), sorted({run["bits"] for run in untrained(results)})
-    for axis, factor in zip(row, factors, strict=True):
+    shades, bits = _shades(len(epsilons)), sorted({run["bits"] for run in found.untrained})
+    for axis, what in zip(row, found.shown, strict=True):
         for e, epsilon in enumerate(epsilons):
-            chosen = {k[2]: runs for k, runs in found.items() if (k[0], k[1], k[3]) == (*line, epsilon)}
+            settings = [key for key in found.runs if key[:2] == line and key[3] == epsilon]
+            chosen = {key[2]: found.values(key, what) for key in settings}
             style = {"label": f"epsilon {epsilon:g}", "color": shades[e], "marker": _marker(e)}
-            _curve(axis, chosen, factor, gap * _beside(e, len(epsilons)), **style)
-        levels = [interval(_scores(untrained(results, count), factor)) for count in bits]
-        axis.plot(bits, [mean for mean, _ in levels], color="gray", linestyle=":", label="untrained")
+            _curve(axis, chosen, gap * _beside(e, len(epsilons)), **style)
+        levels = [interval(found.levels(what, count)) for count in bits]
+        label = "_" if what == GAIN else "untrained"
+        axis.plot(bits, [mean for mean, _ in levels], color="gray", linestyle=":", label=label)
         low, high = [mean - half for mean, half in levels], [mean + half for mean, half in levels]
         axis.fill_between(bits, low, high, color="gray", alpha=0.15, linewidth=0)
         axis.set_xticks(counts)
         axis.set_xlabel("random bits")
-        axis.set_ylabel(f"{factor}, %")
+        axis.set_ylabel(_axis_label(what))
         axis.set_title(f"{recipe}, T {T:g}", fontsize="medium")
+        _within_percent(axis, what)
 
 
-def _curve(axis, chosen, factor, beside, **style):
-    """A line through {x: runs}, moved sideways so that intervals at the same x do not hide each other."""
-    places = sorted(chosen)
-    x = [[place + beside] for place in places]
-    _points(axis, x, [_scores(chosen[place], factor) for place in places], **style)
+def _axis_label(what):
+    return "gain of worst" if what == GAIN else f"{what}, %"
+
+
+def _within_percent(axis, what):
+    """An interval of two seeds can be wider than what is possible."""
+    low, high = axis.get_ylim()
+    if what != GAIN:
+        axis.set_ylim(max(low, -2), min(high, 102))
+
+
+def _once(values):
+    return sorted(set(values))
+
+
+def _curve(axis, chosen, beside, **style):
+    """A line through {x: values}, moved sideways so that intervals at the same x do not hide each other."""
+    places = [place for place in sorted(chosen) if chosen[place]]
+    _points(axis, [[place + beside] for place in places], [chosen[place] for place in places], **style)
 
 
 def _points(axis, x, y, **style):
-    """Means of lists of values, joined, with bars for their 95 % intervals where several values give one."""
-    if not y:
+    """Means of lists of values, joined, with bars for their 95 % intervals, hollow where there is none."""
+    if not any(y):
         return
     (x_means, x_halves), (y_means, y_halves) = (zip(*map(interval, lists), strict=True) for lists in (x, y))
     bars = {"xerr": x_halves, "yerr": y_halves}
     axis.errorbar(x_means, y_means, **bars, capsize=2, linewidth=1.2, markersize=5, elinewidth=0.8, **style)
-
-
-def _scores(runs, factor):
-    return [score(run, factor) for run in runs]
+    single = [number for number, half in enumerate(y_halves) if math.isnan(half)]
+    hollow = {"marker": style["marker"], "color": style["color"], "markerfacecolor": "white"}
+    axis.plot([x_means[n] for n in single], [y_means[n] for n in single], linestyle="", markersize=5,
+              zorder=3, label="_", **hollow)  # fmt: skip
 
 
 def _beside(number, of):

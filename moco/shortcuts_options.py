@@ -6,6 +6,7 @@ from moco.errors import UserError
 
 RECIPES = {"v2": "--aug-plus", "crops": "--crops-only"}
 PER_GPU = 6  # runs side by side on one
+ALPHA, RENDERS = 1.0, 4  # unless given
 
 
 def parse_args():
@@ -50,14 +51,15 @@ def _add_fixed(parser, kind):
     for flag, default, metavar in (
         ("-a --arch", "resnet18", "ARCH"), ("--image-size", 32, "S"), ("--epochs", 12, "N"),
         ("-b --batch-size", 64, "N"), ("--lr", 0.03, "LR"), ("--moco-k", 1024, "K"), ("--moco-m", 0.99, "M"),
-        ("--bn-splits", 8, "G"), ("--alpha", 1.0, "A"),
+        ("--bn-splits", 8, "G"),
     ):  # fmt: skip
         add(
             *flag.split(), type=type(default), default=default, metavar=metavar, help="(default: %(default)s)"
         )
     add("--method", choices=("ifm", "ifm_only"), default="ifm", help="(default: %(default)s)")
-    add("--renders", type=int, default=4, metavar="N",
-        help="images of each of Trifeature's combinations (default: %(default)s)")  # fmt: skip
+    add("--alpha", type=float, metavar="A", help=f"weight of ifm's perturbed loss (default: {ALPHA})")
+    add("--renders", type=int, metavar="N",
+        help=f"images of each of Trifeature's combinations (default: {RENDERS})")  # fmt: skip
     if kind == "randbit":
         add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT)")
     add("--factors", nargs="*", metavar="NAME",
@@ -76,20 +78,32 @@ def _add_running(parser):
 
 
 def check_lists(args):
-    """Refuse empty lists and names that are none, and keep each value of a list once. UserError."""
+    """Refuse empty lists, names that are none, and flags without an effect. UserError.
+
+    Keeps each value of a list once, and gives flags their defaults where they have an effect.
+    """
     for name in ("bits", "epsilon", "moco_t", "seeds", "recipe", "factors"):
         values = getattr(args, name, None)
         if values == []:
             raise UserError(f"--{name.replace('_', '-')} needs at least one value")
         if values is not None:
             setattr(args, name, list(dict.fromkeys(values)))  # each once
+    args.epsilon = list(dict.fromkeys(epsilon + 0.0 for epsilon in args.epsilon))  # -0.0 is 0.0
     for recipe in args.recipe:
         if recipe not in RECIPES:
             raise UserError(f"there is no recipe {recipe!r}; choose of {', '.join(RECIPES)}")
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
-    if args.renders < 1:
+    if args.renders is not None and args.renders < 1:
         raise UserError(f"--renders must be at least 1, not {args.renders}")
+    if args.method == "ifm":
+        args.alpha = ALPHA if args.alpha is None else args.alpha
+    elif args.alpha is not None:
+        raise UserError(f"--alpha has no effect with --method {args.method}; leave one of them out")
+    if getattr(args, "data", None) is None:
+        args.renders = args.renders or RENDERS
+    elif args.renders is not None:
+        raise UserError("--renders draws Trifeature, and --data takes other images; leave one of them out")
 
 
 def _words(values):

@@ -20,7 +20,8 @@ from moco.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS, RESULTS, LOCK, LOG = "sweep.json", "results.jsonl", ".lock", "log.txt"
-DIVERGED = "became nan or infinite"  # of the sentence by which main_moco.py or moco.measure ends then
+DIVERGED = "became nan or infinite"  # of the sentence by which main_moco.py or moco.measure ends then,
+BY_A_SENTENCE = 2  # with this exit code
 
 
 @dataclass
@@ -32,7 +33,9 @@ class Job:
     folder: Path
     process: subprocess.Popen | None = None
     began: float = 0.0
+    told: int = 0  # bytes of the log that are of earlier commands
     seconds: dict = field(default_factory=dict)
+    outcome: str | None = None  # once it has a result
 
     @property
     def name(self):
@@ -144,9 +147,10 @@ def _run(out, waiting, active, side_by_side, environment, lock, signals, keep):
             if ended:
                 active.remove(job)
                 left = len(waiting) + len(active)
-                if not (told or failure):
+                if job.outcome:
                     seconds = (time.monotonic() - start) / (total - left) * left
-                    print(f"{job.name}: done, {left} left, about {duration(seconds)}", flush=True)
+                    rest = "" if told else f"; {left} left, about {duration(seconds)}"
+                    print(f"{job.name}: {job.outcome}{rest}", flush=True)
             else:
                 _begin(job, environment, lock)
     return failures
@@ -157,8 +161,10 @@ def _begin(job, environment, lock):
     job.folder.mkdir(parents=True, exist_ok=True)
     job.seconds = job.seconds or _read_json(job.folder / "seconds.json")
     with open(job.folder / LOG, "a") as log:
+        job.told = os.fstat(log.fileno()).st_size
         job.process = subprocess.Popen(
-            [sys.executable, *job.commands[0][1]], cwd=ROOT, env=environment, pass_fds=[lock.fileno()],
+            [sys.executable, *job.commands[0][1]], cwd=ROOT, pass_fds=[lock.fileno()],
+            env={**environment, "PYTHONUNBUFFERED": "1"},  # or lines would not be in the order of their time
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     job.began = time.monotonic()
@@ -171,23 +177,25 @@ def _after(out, job, stopping, keep):
     with atomic_file(job.folder / "seconds.json") as temporary:
         temporary.write_text(json.dumps(job.seconds))
     if code:
-        lines = (job.folder / LOG).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        if DIVERGED in lines[-1]:
-            reason = lines[-1].split("error: ")[-1]
-            _record(out, job, {"diverged": True, "reason": reason}, keep)
-            print(f"{job.name} diverged: {reason}", flush=True)
+        said = (job.folder / LOG).read_bytes()[job.told :].decode(errors="replace").strip().splitlines()
+        sentence = next((line for line in reversed(said) if DIVERGED in line), None)
+        if sentence and code == BY_A_SENTENCE:
+            reason = sentence.split("error: ")[-1]
+            _record(out, job, f"diverged: {reason}", {"diverged": True, "reason": reason}, keep)
             return None, True
         if stopping:
             return None, True
-        return f"error: {job.name} ended with {code}: {lines[-1]} (see {job.folder / LOG})", True
+        last = said[-1] if said else "it said nothing"
+        return f"error: {job.name} ended with {code}: {last} (see {job.folder / LOG})", True
     if job.commands:
         return None, bool(stopping)
-    _record(out, job, json.loads((job.folder / "measured.json").read_text()), keep)
+    _record(out, job, "done", json.loads((job.folder / "measured.json").read_text()), keep)
     return None, True
 
 
-def _record(out, job, found, keep):
+def _record(out, job, outcome, found, keep):
     add_result(out, {"name": job.name, **job.run, "seconds": job.seconds, **found})
+    job.outcome = outcome
     if not keep:
         for path in job.folder.glob("checkpoint_*"):
             path.unlink()

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from moco import shortcuts
+from moco import shortcuts, trifeature
+from moco.errors import UserError
+from moco.meeting import code_hash
 from moco.pretrain_options import check
 from moco.pretrain_options import parse_args as pretraining_args
 from moco.sweep import DIVERGED, Job, add_result, locked, read_results, settle
@@ -29,15 +31,19 @@ def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, cli):
     shared = {
         "kind": "randbit", "seed": 5, "bits": 2, "arch": "shufflenet_v2_x0_5", "image_size": 16, "epochs": 1,
         "batch_size": 8, "lr": 0.03, "moco_k": 16, "moco_m": 0.99, "bn_splits": 2, "alpha": 1.0,
-        "method": "ifm", "renders": 4, "factors": None, "device": "cpu", "data": str(folders),
+        "method": "ifm", "renders": None, "factors": None, "device": "cpu", "images": 24,
+        "data": str(folders),
     }  # fmt: skip
     for result in results.values():
-        assert shared.items() <= result.items() and result["versions"]["torch"] == torch.__version__
+        assert {name: result.get(name) for name in shared} == shared and result["code"] == code_hash()
+        assert result["versions"]["torch"] == torch.__version__
         readout = result["readout"]["class"]
         assert readout["chance"] == pytest.approx(100 / 3) and readout["converged"]
         assert round(readout["accuracy"] * 9 / 100, 6) in range(10)  # of 9 images
     untrained, trained = results.values() if "un" in list(results)[0] else reversed(results.values())
     assert not untrained["trained"] and "losses" not in untrained and set(untrained["seconds"]) == {"measure"}
+    assert untrained["command"][1:5] == ["-m", "moco.measure", str(folders), f"{out}/runs/"
+                                         "untrained_bits2_seed5/measured.json"]  # fmt: skip
     assert (trained["recipe"], trained["T"], trained["epsilon"]) == ("v2", 0.2, 0.1)
     assert set(trained["seconds"]) == {"pretrain", "measure"} and 0 < trained["losses"]["info_nce"] < 10
     assert trained["losses"]["training"] > 0
@@ -86,7 +92,7 @@ def test_how_a_sweep_ends(folders, tmp_path, cli, monkeypatch):
     assert code == 1 and output.endswith("1 runs failed; the same command tries them again\n")
     assert "error: v2_T0.2_eps0_bits0_seed1 ended with 1: RuntimeError: no such luck (see " in output
     assert len(read_results(out)) == 5 and "| v2 | 0.2 | 0.1 | 1, 1 diverged |" in output
-    assert f"v2_T0.2_eps0.1_bits0_seed0 diverged: the loss {DIVERGED}" in output
+    assert f"v2_T0.2_eps0.1_bits0_seed0 diverged: the loss {DIVERGED}\n" in output
 
     stop = "import os, time; os.kill(os.getppid(), 15); time.sleep(60)"
     monkeypatch.undo()
@@ -103,7 +109,7 @@ def test_how_a_sweep_ends(folders, tmp_path, cli, monkeypatch):
 def test_runs_are_named_by_all_digits_of_what_differs(folders, tmp_path, cli, monkeypatch):
     sweep_of(monkeypatch, {})
     words = ["randbit", *SMALL, "--bits", "0", "--seeds", "0", "--data", folders, "--out", tmp_path / "s"]
-    words += ["--epsilon", "0", "0.0", "1e-7", "0.12345678", "0.12345679", "--moco-t", "0.2", ".20"]
+    words += ["--epsilon", "-0.0", "0", "0.0", "1e-7", "0.12345678", "0.12345679", "--moco-t", "0.2", ".20"]
     code, output, _ = cli(shortcuts.main, *words)
     names = {result["name"] for result in read_results(tmp_path / "s")}
     trained = [f"v2_T0.2_eps{e}_bits0_seed0" for e in ("0", "1e-07", "0.12345678", "0.12345679")]
@@ -128,7 +134,7 @@ def test_runs_are_named_by_all_digits_of_what_differs(folders, tmp_path, cli, mo
         ("trifeature", ["--recipe"], "--recipe needs at least one value"),
         ("trifeature", ["--factors"], "--factors needs at least one value"),
         ("randbit", ["--bits"], "--bits needs at least one value"),
-        ("randbit", ["--bits", "64"], "--random-bits must be between 0 and 63, not 64"),
+        ("randbit", ["--bits", "64"], "--bits must be between 0 and 63, not 64"),
         ("randbit", ["--data", "nowhere"], "there is no folder nowhere"),
         ("randbit", ["--data", "FOLDERS", "-b", "32"], "has 24 images, fewer than a step's 32; lower -b"),
         (
@@ -141,6 +147,8 @@ def test_runs_are_named_by_all_digits_of_what_differs(folders, tmp_path, cli, mo
         ("trifeature", ["-a", "resnet19"], "torchvision has no classification model 'resnet19'"),
         ("trifeature", ["--jobs", "0"], "--jobs must be at least 1, not 0"),
         ("trifeature", ["--renders", "0"], "--renders must be at least 1, not 0"),
+        ("trifeature", ["--method", "ifm_only", "--alpha", "1"], "--alpha has no effect with --method ifm_o"),
+        ("randbit", ["--data", "FOLDERS", "--renders", "2"], "--renders draws Trifeature, and --data takes"),
         ("trifeature", ["--epochs", "0"], "--epochs must be at least 1, not 0"),
     ],
 )
@@ -166,6 +174,30 @@ def test_folders_that_cannot_be_used_are_refused(folders, tmp_path, cli):
     if not torch.cuda.is_available():
         code, _, errors = cli(shortcuts.main, *words, tmp_path / "new", "--device", "cuda")
         assert code == 2 and "there is no GPU here" in errors and not (tmp_path / "new").exists()
+
+
+def test_the_same_data_and_factors_in_other_words_are_the_same_sweep(folders, tmp_path, cli, monkeypatch):
+    sweep_of(monkeypatch, {})
+    monkeypatch.chdir(folders.parent)
+    words = ["randbit", *SMALL, *LISTS, "--bits", "0", "--out", tmp_path / "out", "--data"]
+    assert cli(shortcuts.main, *words, folders.name)[0] == 0
+    code, output, errors = cli(shortcuts.main, *words, folders, "--factors", "class")
+    assert (code, errors) == (0, "") and output.startswith("2 runs, 2 of them done")
+    monkeypatch.setattr(shortcuts, "_images_of", lambda *_: 23)
+    code, _, errors = cli(shortcuts.main, *words, folders)
+    assert code == 2 and "holds a sweep with images 24, not 23" in errors
+
+
+def test_trifeature_of_other_settings_is_not_taken_for_the_sweeps(tmp_path, monkeypatch):
+    trifeature.generate(tmp_path / "data", 16, 1, progress=False)
+    shortcuts._draw(tmp_path / "data", 16, 1)
+    for size, renders, version in ((18, 1, 1), (16, 2, 1), (16, 1, 2)):
+        monkeypatch.setattr(trifeature, "VERSION", version)
+        with pytest.raises(UserError, match=r"data was drawn with .*, not .*; choose another --out"):
+            shortcuts._draw(tmp_path / "data", size, renders)
+    (tmp_path / "data" / trifeature.SETTINGS).unlink()
+    with pytest.raises(UserError, match="is no Trifeature set .*choose another --out"):
+        shortcuts._draw(tmp_path / "data", 16, 1)
 
 
 def test_both_experiments_explain_themselves_in_80_columns(cli, monkeypatch):

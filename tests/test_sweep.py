@@ -47,7 +47,7 @@ def test_runs_are_recorded_with_what_identifies_them(tmp_path, capsys, keep):
         folder = tmp_path / "runs" / f"run{seed}"
         assert (folder / "log.txt").read_text() == "trained\nmeasured\n"
         assert (folder / "checkpoint_0000.pth.tar").exists() == keep
-    assert len(results) == 3 and capsys.readouterr().out.count(": done, ") == 3
+    assert len(results) == 3 and capsys.readouterr().out.count(": done; ") == 3
     assert all(list(json.loads(line)) for line in (tmp_path / "results.jsonl").read_text().splitlines())
 
 
@@ -74,19 +74,41 @@ def test_a_run_that_crashes_is_told_and_the_others_go_on(tmp_path, capsys):
     assert failures[1].startswith("error: killed ended with -9: x (see") and stopped is None
     assert [result["name"] for result in read_results(tmp_path)] == ["good"]
     output = capsys.readouterr().out
-    assert all(failure in output for failure in failures) and "good: done, 1 left" in output
+    assert all(failure in output for failure in failures) and "good: done; 1 left" in output
     assert work(tmp_path, [job(tmp_path, "bad", LEAVE, MEASURE)]) == ([], None)  # tried again
     assert [result["name"] for result in read_results(tmp_path)] == ["good", "bad"]
 
 
-def test_a_run_that_diverges_is_a_result(tmp_path, capsys):
-    sentence = f"the loss of epoch 3 {sweep.DIVERGED} in step 2 or just before, at lr 9"
-    code = LEAVE + f"; import sys; print('main_moco.py: error: {sentence}'); sys.exit(2)"
+SENTENCE = f"the loss of epoch 3 {sweep.DIVERGED} in step 2 or just before, at lr 9"
+DIVERGE = f"print('main_moco.py: error: {SENTENCE}', file=sys.stderr); sys.exit(2)"
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with which the order of its lines would be sure
+    code = f"{LEAVE}; import sys; print('Epoch: [3]'); {DIVERGE}"
     failures, _ = work(tmp_path, [job(tmp_path, "wild", code, MEASURE)])
     (result,) = read_results(tmp_path)
-    assert failures == [] and result["diverged"] is True and result["reason"] == sentence
-    assert "readout" not in result and f"wild diverged: {sentence}" in capsys.readouterr().out
+    assert failures == [] and result["diverged"] is True and result["reason"] == SENTENCE
+    assert "readout" not in result
+    assert capsys.readouterr().out.startswith(f"wild: diverged: {SENTENCE}; 0 left")
+    log = tmp_path / "runs" / "wild" / "log.txt"
+    assert log.read_text().splitlines() == ["trained", "Epoch: [3]", f"main_moco.py: error: {SENTENCE}"]
     assert not (tmp_path / "runs" / "wild" / "checkpoint_0000.pth.tar").exists()
+
+
+def test_a_sentence_of_an_earlier_attempt_or_of_a_killed_run_is_no_result(tmp_path):
+    folder = tmp_path / "runs" / "again"
+    for code, reason in (
+        ("import os; os.kill(os.getpid(), 9)", "again ended with -9: it said nothing"),  # of an earlier one
+        (f"import os, sys; print('{SENTENCE}', flush=True); os.kill(os.getpid(), 9)", "again ended with -9"),
+        ("import sys; sys.exit(2)", "again ended with 2: it said nothing"),
+    ):
+        with locked(tmp_path):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.txt").write_text(f"error: {SENTENCE}\n")
+            settle(tmp_path, {})
+        failures, _ = work(tmp_path, [job(tmp_path, "again", code)])
+        assert failures[0].startswith(f"error: {reason}") and read_results(tmp_path) == []
 
 
 STOPPING = """

@@ -1,0 +1,126 @@
+"""The figure of a sweep: panels hold the results' means, intervals and gains, and say what they show."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from sweep_results import EPSILONS, FACTORS, PLACES, TEMPERATURES, diverged, half, made, of, scores
+
+from moco.shortcuts_figure import draw, figure_of
+
+
+def curves(axis):
+    """{label or place in the order of drawing: (x, y, halves of y)} of what has error bars."""
+    found = {}
+    for number, bars in enumerate(axis.containers):
+        line, _, segments = bars.lines
+        ends = segments[-1].get_segments()
+        halves = [(end[1][1] - end[0][1]) / 2 for end in ends]
+        label = bars.get_label()
+        key = number if label.startswith("_") else label
+        found[key] = (list(line.get_xdata()), list(line.get_ydata()), halves)
+    return found
+
+
+def test_the_figure_holds_the_readouts_against_loss_temperature_and_epsilon():
+    results = [result | {"moco_k": 1024} for result in made()]
+    figure = figure_of("trifeature", results)
+    panels = np.array(figure.axes).reshape(10, 3)
+    shown = (*FACTORS, "worst", "gain")
+    for row, (recipe, what) in zip(panels, itertools.product(("crops", "v2"), shown), strict=True):
+        label = "gain of worst" if what == "gain" else f"{what}, %"
+        assert row[0].get_ylabel() == f"{label}\n({recipe})"
+
+        def expected(T, epsilon, recipe=recipe, what=what):
+            factor = "worst" if what == "gain" else what
+            values, plain = (scores(of(results, recipe=recipe, T=T, epsilon=e), factor) for e in (epsilon, 0))
+            values = values - plain if what == "gain" else values
+            return values.mean(), half(values)
+
+        own_places = [place for place in PLACES if what != "gain" or place[1] != 0]
+        points = list(curves(row[0]).values())
+        for (x, y, halves), (T, epsilon) in zip(points, own_places, strict=True):
+            runs = of(results, recipe=recipe, T=T, epsilon=epsilon)
+            assert x == pytest.approx([np.mean([run["losses"]["info_nce"] for run in runs])])
+            assert (*y, *halves) == pytest.approx(expected(T, epsilon))
+        for axis, name, own, other in (
+            (row[1], "epsilon", EPSILONS, TEMPERATURES), (row[2], "T", TEMPERATURES, EPSILONS),
+        ):  # fmt: skip
+            ticks = list(other)
+            if what == "gain":
+                own, other = (tuple(v for v in values if v != 0) for values in (own, other))
+            found = curves(axis)
+            assert list(found) == [f"{name} {value:g}" for value in own]
+            for value, (x, y, halves) in zip(own, found.values(), strict=True):
+                pairs = [(T, value) if name == "epsilon" else (value, T) for T in other]
+                assert [ticks[place] for place in np.round(x).astype(int)] == list(other)  # beside their tick
+                means = [expected(*pair) for pair in pairs]
+                assert y == pytest.approx([mean for mean, _ in means])
+                assert halves == pytest.approx([width for _, width in means])
+            assert len({x[0] for x, *_ in found.values()}) == len(own)  # none hides another
+        (at_chance,) = [line for line in row[0].lines if line.get_label() == "loss at chance"]
+        assert at_chance.get_xdata()[0] == pytest.approx(math.log(1025))
+        level = 0 if what == "gain" else scores(of(results, trained=False), what).mean()
+        for axis in row:
+            lines = [line for line in axis.lines if line.get_linestyle() == ":"]
+            assert [line.get_ydata()[0] for line in lines] == [pytest.approx(level)]
+            assert (lines[0].get_label() == "untrained") == (what != "gain")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    above, below = labels[::2], labels[1::2]  # it is filled by columns
+    assert above == [*(f"epsilon {e:g}" for e in EPSILONS), ""]
+    assert below == ["loss at chance", "untrained", "T 0.07", "T 0.2"]
+    for axis, values in zip(panels[-1][1:], (TEMPERATURES, EPSILONS), strict=True):
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == [f"{v:g}" for v in values]
+
+
+def test_the_figure_holds_the_readouts_against_random_bits(tmp_path):
+    results = made("randbit", recipes=("v2",), bits=(0, 3, 8), temperatures=(0.2,))
+    figure = figure_of("randbit", results)
+    *axes, gains = figure.axes
+    for axis, factor in zip(axes, (*FACTORS, "worst"), strict=True):
+        found = curves(axis)
+        assert list(found) == [f"epsilon {e:g}" for e in EPSILONS]
+        for epsilon, (x, y, halves) in zip(EPSILONS, found.values(), strict=True):
+            values = [scores(of(results, bits=b, epsilon=epsilon), factor) for b in (0, 3, 8)]
+            assert np.round(x).tolist() == [0, 3, 8]
+            assert y == pytest.approx([v.mean() for v in values])
+            assert halves == pytest.approx([half(v) for v in values])
+        (line,) = [line for line in axis.lines if line.get_label() == "untrained"]
+        levels = [scores(of(results, trained=False, bits=b), factor).mean() for b in (0, 3, 8)]
+        assert list(line.get_xdata()) == [0, 3, 8] and list(line.get_ydata()) == pytest.approx(levels)
+    found = curves(gains)
+    assert list(found) == [f"epsilon {e:g}" for e in EPSILONS[1:]]
+    for epsilon, (x, y, halves) in zip(EPSILONS[1:], found.values(), strict=True):
+        places = [[of(results, bits=b, epsilon=e) for e in (epsilon, 0)] for b in (0, 3, 8)]
+        values = [scores(runs, "worst") - scores(plain, "worst") for runs, plain in places]
+        assert np.round(x).tolist() == [0, 3, 8] and y == pytest.approx([v.mean() for v in values])
+        assert halves == pytest.approx([half(v) for v in values])
+    draw("randbit", results, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.format == "PNG" and image.width == 1000
+
+
+def test_a_single_run_is_hollow_and_has_no_bars():
+    results = [r for r in made() if r["seed"] == 0 or (r.get("recipe"), r.get("T")) != ("v2", 0.2)]
+    figure = figure_of("trifeature", results)
+    figure.draw_without_rendering()
+    panels = np.array(figure.axes).reshape(10, 3)
+    for row, recipe in zip(panels[::5], ("crops", "v2"), strict=True):
+        for axis, of_each in zip(row, (1, len(TEMPERATURES), len(EPSILONS)), strict=True):
+            hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+            points = [point for line in hollow for point in line.get_xdata()]
+            assert len(points) == (len(EPSILONS) if recipe == "v2" else 0)  # all those of T 0.2
+            assert all(len(bars.lines[0].get_xdata()) == of_each for bars in axis.containers)
+    assert "hollow: one run" in figure.get_supxlabel()
+
+
+def test_of_one_seed_and_of_diverged_runs_there_is_a_figure():
+    figure = figure_of("trifeature", [result for result in made() if result["seed"] == 0])
+    figure.draw_without_rendering()
+    assert [len(axis.containers) for axis in figure.axes[:3]] == [6, 3, 2]
+    results = diverged(made(), recipe="v2", T=0.2, epsilon=0)
+    figure = figure_of("trifeature", diverged(results, recipe="crops", T=0.07, epsilon=0.5))
+    figure.draw_without_rendering()
+    assert [len(axis.containers) for axis in figure.axes[:3]] == [5, 3, 2]
