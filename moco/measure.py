@@ -31,7 +31,6 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
     Everything is a function of these, the number of threads and the machine.
     """
-    from moco.meeting import code_hash
     from moco.versions import versions
 
     settings = checkpoint["settings"] if checkpoint else untrained
@@ -50,7 +49,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
             "info_nce": loss,
             "info_nce_acc1": accuracy,
         }
-    result |= {"versions": versions(), "code": code_hash()}
+    result["versions"] = versions()
     return result
 
 

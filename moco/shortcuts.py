@@ -8,6 +8,7 @@ A sweep can be stopped (Ctrl-C) and continued by the same command, also with mor
 
 import itertools
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -17,7 +18,7 @@ from moco.cores import available_cores
 from moco.errors import UserError, run_program
 from moco.measure import AS_FOLDERS, factors_of
 from moco.shortcuts_options import PER_GPU, RECIPES, check_lists, parse_args
-from moco.shortcuts_report import write_report
+from moco.shortcuts_report import number, write_report
 from moco.sweep import Job, locked, read_results, run_jobs, settle
 
 
@@ -37,14 +38,15 @@ def main():
     data = Path(given or Path(args.out) / "data")
     runs = _runs(args)
     images = _images_of(args, data)
-    _check_runs(args, runs, data, images)
+    notes = _check_runs(args, runs, data, images)
     settings = _settings(args) | ({"data": str(data.resolve()), "images": images} if given else {})
     with locked(args.out) as lock:
         settle(args.out, settings)
+        done = {result["name"] for result in read_results(args.out)}
+        print(*notes, sep="\n", end="\n" if notes else "", flush=True)
         if not given:
             _draw(data, 2 * args.image_size, args.renders)
         factors = args.factors or factors_of(data)
-        done = {result["name"] for result in read_results(args.out)}
         jobs = [job for job in (_job(args, run, data, factors, settings) for run in runs)
                 if job.name not in done]  # fmt: skip
         side_by_side = args.jobs or (PER_GPU if args.device == "cuda" else available_cores())
@@ -94,20 +96,23 @@ def _images_of(args, data):
         args.factors = None
     if given:
         return len(labelled_folders(data, None if known == [AS_FOLDERS] else known[0])[0])
-    if 2 * args.image_size not in trifeature.SIZES:
+    if 2 * args.image_size > trifeature.SIZES[-1]:  # the least is main_moco.py's to check
         largest = trifeature.SIZES[-1] // 2
         raise UserError(f"--image-size {args.image_size} is more than Trifeature's {largest}; lower it")
     return args.renders * (len(trifeature.COMBINATIONS) - len(trifeature.held_out(0)))
 
 
 def _check_runs(args, runs, data, images):
-    """Let main_moco.py's own checks see every command before anything is drawn or started."""
+    """Let main_moco.py's own checks see every command before anything is drawn or started.
+
+    Returns what it would tell the user of each run.
+    """
     import torch
 
     from moco.data import Loading
     from moco.distributed import Process
     from moco.encoders import base_encoder, check_image_size
-    from moco.pretrain_options import check
+    from moco.pretrain_options import check, notes
     from moco.pretrain_options import parse_args as pretraining_args
     from moco.random_bits import MOST
 
@@ -119,13 +124,17 @@ def _check_runs(args, runs, data, images):
             raise UserError(f"--bits must be between 0 and {MOST}, not {count}")
     base_encoder(args.arch)
     check_image_size(args.arch, args.image_size)
+    told = []
     for run in runs:
         if run["trained"]:
-            check(pretraining_args(_pretraining(args, run, data, Path("runs"))[1:]))
+            pretraining = pretraining_args(_pretraining(args, run, data, Path("runs"))[1:])
+            check(pretraining)
+            told = list(notes(pretraining, math.nan, images, args.bn_splits))[1:]  # the first is of its loss
         elif not 0 <= run["seed"] < 2**63:
             raise UserError(f"--seeds must be between 0 and 2^63 - 1, not {run['seed']}")
     process = Process.alone(torch.device("cpu"))
     Loading(args.image_size, "pil", args.batch_size).check_batch(images, data, process, args.bn_splits)
+    return told
 
 
 def _draw(data, size, renders):
@@ -149,7 +158,7 @@ def _settings(args):
 def _job(args, run, data, factors, settings):
     T = ""
     if run["trained"]:
-        T = f"{run['recipe']}_T{_number(run['T'])}_eps{_number(run['epsilon'])}_"
+        T = f"{run['recipe']}_T{number(run['T'])}_eps{number(run['epsilon'])}_"
     bits = f"bits{run['bits']}_" if args.kind == "randbit" else ""
     name = f"{T or 'untrained_'}{bits}seed{run['seed']}"
     places = Path(data), Path(args.out, "runs", name)  # as the user named folders
@@ -199,11 +208,6 @@ def _flags(*words, **values):
         flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
         words += (flag, str(value))
     return list(words)
-
-
-def _number(value):
-    """A number in a run's name: all its digits, so that two names are never the same, and 0 as 0.0."""
-    return repr(float(value)).removesuffix(".0")
 
 
 if __name__ == "__main__":

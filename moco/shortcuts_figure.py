@@ -9,6 +9,7 @@ from moco.shortcuts_report import (
     columns_of,
     differences,
     loss_at_chance,
+    number,
     rows,
     score,
     sound,
@@ -17,11 +18,7 @@ from moco.shortcuts_report import (
 
 MARKERS = "os^Dv<>P"
 STYLES = ("-", "--", "-.", ":")
-GAIN = "gain"  # of the factor that a run reads worst over epsilon 0, paired by seed
-NOTE = (
-    "Bars: 95 % t intervals over seeds; hollow: one run, no interval. {spaced}worst: the factor that a run\n"
-    "reads worst; its gain: over epsilon 0 with the same seed, in points. {losses}"
-)
+GAIN = "gain"  # of the last column over epsilon 0, paired by seed
 
 
 def draw(kind, results, path):
@@ -52,8 +49,7 @@ def figure_of(kind, results):
         for axis, label in zip(axes[-1], ("InfoNCE loss", "T", "epsilon"), strict=True):
             axis.set_xlabel(label)
     figure.align_ylabels(axes[:, 0])
-    spaced, losses = ("", "") if of_bits else ("T and epsilon: evenly spaced. ", "Losses compare within a T.")
-    figure.supxlabel(NOTE.format(spaced=spaced, losses=losses), fontsize="small", x=0.01, ha="left")
+    figure.supxlabel(_note(found, of_bits), fontsize="small", x=0.01, ha="left")
     _legend(figure, axes)
     return figure
 
@@ -61,24 +57,36 @@ def figure_of(kind, results):
 class _Found:
     """What there is to draw.
 
-    runs: {(recipe, T, bits, epsilon): its sound runs}; shown: the factors, the worst, and its gain if it has
-    one; recipes, temperatures, bits, epsilons, places (recipe, T): all that there are in runs, in order.
+    runs: {(recipe, T, bits, epsilon): {seed: run}} of sound ones; columns: the factors and the worst of
+    several; shown: these, and the gain of the last if there is one; recipes, temperatures, bits, epsilons,
+    places (recipe, T): all that were tried, in order; tried, diverged: numbers of runs.
     """
 
     def __init__(self, results):
         found = rows(results)
-        self.runs = {key: good for key, runs in found.items() if (good := list(sound(runs).values()))}
-        self.differences = differences(found, [WORST])
+        self.runs = {key: sound(runs) for key, runs in found.items()}
+        self.tried, sound_ones = (sum(map(len, each.values())) for each in (found, self.runs))
+        self.diverged = self.tried - sound_ones
+        self.columns = columns_of(results)
+        self.differences = differences(found, self.columns[-1:])
         self.untrained, self.chance = untrained(results), loss_at_chance(results)
-        self.shown = [*columns_of(results), *([GAIN] if self.differences else [])]
+        self.shown = [*self.columns, *([GAIN] if self.differences else [])]
         self.places = list(dict.fromkeys(key[:2] for key in self.runs))
         self.recipes, self.temperatures, self.bits, self.epsilons = map(_once, zip(*self.runs, strict=True))
+
+    def label(self, what):
+        return f"gain of {self.columns[-1]}" if what == GAIN else f"{what}, %"
 
     def values(self, key, what):
         """Of each run of a setting, what a panel shows; none for the gain of epsilon 0."""
         if what == GAIN:
-            return [found[WORST] for found in self.differences.get(key, {}).values()]
-        return [score(run, what) for run in self.runs[key]]
+            return [found[self.columns[-1]] for found in self.differences.get(key, {}).values()]
+        return [score(run, what) for run in self.runs[key].values()]
+
+    def losses(self, key, what):
+        """InfoNCE of the same runs."""
+        seeds = self.differences.get(key, {}) if what == GAIN else self.runs[key]
+        return [self.runs[key][seed]["losses"]["info_nce"] for seed in seeds]
 
     def levels(self, what, bits=None):
         """The same of untrained encoders."""
@@ -93,20 +101,19 @@ def _against_all(row, line, found):
     shades = _shades(len(epsilons))
     values = {key: found.values(key, what) for key in found.runs if key[0] == recipe}
     for key in values:
-        losses = [run["losses"]["info_nce"] for run in found.runs[key]]
         style = {"color": shades[epsilons.index(key[3])], "marker": _marker(temperatures.index(key[1]))}
-        _points(row[0], [losses], [values[key]], **style)
+        _points(row[0], [found.losses(key, what)], [values[key]], **style)
     for e, epsilon in enumerate(epsilons):
         chosen = {temperatures.index(k[1]): values[k] for k in values if k[3] == epsilon}
-        style = {"label": f"epsilon {epsilon:g}", "color": shades[e], "marker": "."}
+        style = {"label": f"epsilon {number(epsilon)}", "color": shades[e], "marker": "."}
         _curve(row[1], chosen, _beside(e, len(epsilons)), **style)
     for t, T in enumerate(temperatures):
         chosen = {epsilons.index(k[3]): values[k] for k in values if k[1] == T}
         gray = f"{0.6 * t / max(1, len(temperatures) - 1):.2f}"
-        style = {"label": f"T {T:g}", "color": gray, "marker": _marker(t), "linestyle": STYLES[t % 4]}
+        style = {"label": f"T {number(T)}", "color": gray, "marker": _marker(t), "linestyle": STYLES[t % 4]}
         _curve(row[2], chosen, _beside(t, len(temperatures)), **style)
     for axis, ticks in ((row[1], temperatures), (row[2], epsilons)):
-        axis.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(range(len(ticks)), [number(tick) for tick in ticks])
     if found.chance is not None:
         row[0].axvline(found.chance, color="gray", linestyle="-.", linewidth=1, label="loss at chance")
     mean, half = interval(found.levels(what))
@@ -114,7 +121,7 @@ def _against_all(row, line, found):
         axis.axhline(mean, color="gray", linestyle=":", label="_" if what == GAIN else "untrained")
         if not math.isnan(half):
             axis.axhspan(mean - half, mean + half, color="gray", alpha=0.15, linewidth=0)
-    row[0].set_ylabel(f"{_axis_label(what)}\n({recipe})")
+    row[0].set_ylabel(f"{found.label(what)}\n({recipe})")
     for axis in row:
         _within_percent(axis, what)
 
@@ -129,7 +136,7 @@ def _against_bits(row, line, found):
         for e, epsilon in enumerate(epsilons):
             settings = [key for key in found.runs if key[:2] == line and key[3] == epsilon]
             chosen = {key[2]: found.values(key, what) for key in settings}
-            style = {"label": f"epsilon {epsilon:g}", "color": shades[e], "marker": _marker(e)}
+            style = {"label": f"epsilon {number(epsilon)}", "color": shades[e], "marker": _marker(e)}
             _curve(axis, chosen, gap * _beside(e, len(epsilons)), **style)
         levels = [interval(found.levels(what, count)) for count in bits]
         label = "_" if what == GAIN else "untrained"
@@ -138,13 +145,22 @@ def _against_bits(row, line, found):
         axis.fill_between(bits, low, high, color="gray", alpha=0.15, linewidth=0)
         axis.set_xticks(counts)
         axis.set_xlabel("random bits")
-        axis.set_ylabel(_axis_label(what))
-        axis.set_title(f"{recipe}, T {T:g}", fontsize="medium")
+        axis.set_ylabel(found.label(what))
+        axis.set_title(f"{recipe}, T {number(T)}", fontsize="medium")
         _within_percent(axis, what)
 
 
-def _axis_label(what):
-    return "gain of worst" if what == GAIN else f"{what}, %"
+def _note(found, of_bits):
+    """What a reader must know, in lines that fit the figure."""
+    first = "Bars: 95 % t intervals over seeds; hollow: of one run, which has none."
+    if not of_bits:
+        first += " T and epsilon: evenly spaced. Losses compare within a T."
+    second = "Gain: over epsilon 0 with the same seed, in points."
+    if WORST in found.columns:
+        second = f"Worst: the factor that a run reads worst. {second}"
+    if found.diverged:
+        second += f" {found.diverged} of {found.tried} runs diverged and are left out."
+    return f"{first}\n{second}"
 
 
 def _within_percent(axis, what):

@@ -56,7 +56,7 @@ def _add_fixed(parser, kind):
         add(
             *flag.split(), type=type(default), default=default, metavar=metavar, help="(default: %(default)s)"
         )
-    add("--method", choices=("ifm", "ifm_only"), default="ifm", help="(default: %(default)s)")
+    add("--method", choices=("ifm", "ifm_only"), help="of epsilons above 0 (default: ifm)")
     add("--alpha", type=float, metavar="A", help=f"weight of ifm's perturbed loss (default: {ALPHA})")
     add("--renders", type=int, metavar="N",
         help=f"images of each of Trifeature's combinations (default: {RENDERS})")  # fmt: skip
@@ -96,6 +96,9 @@ def check_lists(args):
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     if args.renders is not None and args.renders < 1:
         raise UserError(f"--renders must be at least 1, not {args.renders}")
+    if not any(args.epsilon) and not (args.method is None is args.alpha):
+        raise UserError("--method and --alpha have no effect at --epsilon 0 alone; leave them out")
+    args.method = args.method or "ifm"
     if args.method == "ifm":
         args.alpha = ALPHA if args.alpha is None else args.alpha
     elif args.alpha is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from moco.errors import UserError
 from moco.files import atomic_file
 from moco.intervals import interval
+from moco.shortcuts_remarks import remarks
 
 TABLE, FIGURE = "table.md", "figure.png"
 WORST = "worst"  # the factor that a run reads worst
@@ -19,18 +20,26 @@ def write_report(out, kind, results):
     if not results:
         return "nothing to show yet"
     text = table(results)
-    with atomic_file(Path(out) / TABLE) as temporary:
+    try:
+        return f"{text}\n{_write(Path(out), kind, results, text)}"
+    except OSError as error:
+        raise UserError(f"cannot write the report to {out} ({error.strerror}); make room") from error
+
+
+def _write(out, kind, results, text):
+    """Returns what was written."""
+    with atomic_file(out / TABLE) as temporary:
         temporary.write_text(text)
     if not any(sound(runs) for runs in rows(results).values()):
-        return f"{text}\n{Path(out) / TABLE}"
+        return f"{out / TABLE}"
     try:
         from moco.shortcuts_figure import draw
 
-        with atomic_file(Path(out) / FIGURE) as temporary:
+        with atomic_file(out / FIGURE) as temporary:
             draw(kind, results, temporary)
-        return f"{text}\n{Path(out) / TABLE}, {Path(out) / FIGURE}"
+        return f"{out / TABLE}, {out / FIGURE}"
     except UserError as error:
-        return f"{text}\n{Path(out) / TABLE}; no figure: {error.sentence}"
+        return f"{out / TABLE}; no figure: {error.sentence}"
 
 
 def factors_in(results):
@@ -80,11 +89,13 @@ def table(results):
     """Markdown: readouts of each row, then their differences to the row with epsilon 0."""
     names = [name for name in SETTING if name != "bits" or any(r["bits"] for r in results)]
     columns = columns_of(results)
+    several = WORST in columns
     lines = [
         "Linear readout in percent of held-out images, mean over seeds ± half of the 95 % t interval",
-        "(seeds decide weights, order and views; data and held-out part are the same for all); worst:",
-        "the factor that a run reads worst. InfoNCE: the plain loss over an epoch of training pairs at",
-        "the end, new keys all of the last key encoder; comparable within one T.",
+        "(seeds decide weights, order, views and random bits; pictures and held-out part are the same",
+        "for all). InfoNCE: the plain loss in nats over an epoch of training pairs at the end, new keys",
+        "all of the last key encoder; comparable within one T.",
+        *(["worst: the factor that a run reads worst, which need not be the same in each."] * several),
         "",
         *_head([TITLES[name] for name in names] + ["seeds", LOSS, *columns]),
         *_plain_rows(results, names, columns),
@@ -95,8 +106,8 @@ def table(results):
         cells = [cell([_value(run, LOSS) for run in good], 3)]
         cells += [cell([score(run, column) for run in good]) for column in columns]
         lines.append(_line([*_setting(key, names), _count(runs), *cells]))
-    lines += _difference_lines(differences(found, columns), names, columns)
-    for remark in _remarks(results):
+    lines += _difference_lines(found, names, columns)
+    for remark in remarks(results):
         lines += ["", remark]
     return "\n".join(lines) + "\n"
 
@@ -139,35 +150,38 @@ def _plain_rows(results, names, columns):
         yield _line([*setting, str(len(runs)), "", *cells])
 
 
-def _difference_lines(pairs, names, columns):
+def _difference_lines(found, names, columns):
     """The second table: differences of each row, then their means over temperatures."""
+    pairs = differences(found, columns)
     if not pairs:
         return []
-    text = ["Difference to epsilon 0 with the same seed, in points."]
-    together = _over_temperatures(pairs)
+    text = ["Difference to epsilon 0 with the same seed, of seeds whose runs did not diverge: nats, points."]
+    together = _over_temperatures(pairs, {key[:3] for key in found})
     if together:
         text += ["T all: the mean over T of each seed that has every T."]
-    cells = len(pairs | together) * len(columns)
-    text += [f"Of {cells} intervals of readouts about {cells / 20:.0f} would leave out 0 by chance alone."]
+    cells = sum(len(columns) for of_seeds in (pairs | together).values() if len(of_seeds) > 1)
+    if cells:
+        text += [f"If epsilon changed nothing, about {cells / 20:.1f} of these {cells} intervals of readouts "
+                 "would leave out 0."]  # fmt: skip
     head = _head([TITLES[name] for name in names] + ["seeds", LOSS, *columns])
     lines = [_difference_line(key, mine, names, columns) for key, mine in (pairs | together).items()]
     return ["", *text, "", *head, *lines]
 
 
-def _over_temperatures(pairs):
-    """{row with T "all": {seed: differences}} of what was run at several T with the same seeds.
+def _over_temperatures(pairs, places):
+    """{row with T "all": {seed: differences}} of the seeds, if several, that have every T of `places`.
 
-    Runs of one seed at several T start from the same weights and see the same order, so they are one sample.
-    Without the loss, which means something else at each T.
+    places: {(recipe, T, bits)}. Runs of one seed at several T start from the same weights and see the same
+    order, so they are one sample. Without the loss, which means something else at each T.
     """
-    by_place = {}
-    for (recipe, T, *rest), mine in pairs.items():
-        by_place.setdefault((recipe, "all", *rest), {})[T] = mine
     together = {}
-    for place, of_each in sorted(by_place.items()):
-        seeds = sorted(set.intersection(*map(set, of_each.values())))
+    for recipe, bits, epsilon in sorted({(recipe, bits, epsilon) for recipe, _, bits, epsilon in pairs}):
+        temperatures = [T for own, T, count in places if (own, count) == (recipe, bits)]
+        of_each = [pairs.get((recipe, T, bits, epsilon), {}) for T in temperatures]
+        seeds = sorted(set.intersection(*map(set, of_each)))
         if len(of_each) > 1 and len(seeds) > 1:
-            together[place] = {seed: _mean_of([mine[seed] for mine in of_each.values()]) for seed in seeds}
+            means = {seed: _mean_of([mine[seed] for mine in of_each]) for seed in seeds}
+            together[recipe, "all", bits, epsilon] = means
     return together
 
 
@@ -189,39 +203,13 @@ def _value(run, column):
     return run["losses"]["info_nce"] if column == LOSS else score(run, column)
 
 
-def _remarks(results):
-    """Sentences on what a reader of the numbers must know of single runs."""
-    from moco.readout import WEIGHT_DECAYS
-
-    for run in results:
-        if run.get("diverged"):
-            yield f"{run['name']} diverged: {run['reason']}"
-    unsure = [r["name"] for r in results if not all(x["converged"] for x in r.get("readout", {}).values())]
-    if unsure:
-        yield f"Readouts of these did not converge: {', '.join(unsure)}"
-    chosen = {}
-    for result in results:
-        for factor, readout in result.get("readout", {}).items():
-            chosen.setdefault(factor, []).append(readout.get("weight_decay"))
-    least = min(WEIGHT_DECAYS)
-    counts = [f"{factor} {found.count(least)} of {len(found)}" for factor, found in chosen.items()]
-    if any(least in found for found in chosen.values()):
-        yield f"Readouts that chose the least weight decay there is, {least:g}: {', '.join(counts)}"
-    made_by = {}
-    for result in results:
-        for name, version in (result.get("versions", {}) | {"code": result.get("code")}).items():
-            if version is not None:
-                made_by.setdefault(name, []).append(version)
-    for name, found in made_by.items():
-        if len(set(found)) > 1:
-            each = ", ".join(f"{version} ({found.count(version)} runs)" for version in dict.fromkeys(found))
-            yield f"Not all runs were measured by the same {name}: {each}"
-
-
 def _setting(key, names):
-    return [
-        f"{v:g}" if not isinstance(v, str) else v for n, v in zip(SETTING, key, strict=True) if n in names
-    ]
+    return [v if isinstance(v, str) else number(v) for n, v in zip(SETTING, key, strict=True) if n in names]
+
+
+def number(value):
+    """All its digits, so that no two are the same, and 0 as 0.0 is."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def _count(runs):

@@ -19,7 +19,7 @@ from moco.files import atomic_file
 from moco.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS, RESULTS, LOCK, LOG = "sweep.json", "results.jsonl", ".lock", "log.txt"
+SETTINGS, RESULTS, LOCK, LOG, CODE = "sweep.json", "results.jsonl", ".lock", "log.txt", "code.txt"
 DIVERGED = "became nan or infinite"  # of the sentence by which main_moco.py or moco.measure ends then,
 BY_A_SENTENCE = 2  # with this exit code
 
@@ -91,12 +91,16 @@ def locked(out):
 def read_results(out):
     """The finished runs of a sweep, dicts in the order of their end."""
     path = Path(out) / RESULTS
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove the line, and its run is repeated") from error
+    results = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), start=1):
+        try:
+            results.append(json.loads(line))
+            results[-1]["name"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"line {number} of {path} is damaged ({error}); remove it, and its run is repeated"
+            ) from error
+    return results
 
 
 def add_result(out, result):
@@ -115,6 +119,8 @@ def run_jobs(out, jobs, side_by_side, environment, lock, signals, keep=False):
     active = []
     try:
         return _run(out, list(jobs), active, side_by_side, environment, lock, signals, keep)
+    except BrokenPipeError:  # the reader of our lines has gone
+        raise
     except OSError as error:
         raise UserError(
             f"cannot write to {out} ({error.strerror}); make room, and the same command goes on"
@@ -160,6 +166,7 @@ def _begin(job, environment, lock):
     """Start the next command of a job; what it prints goes to the run's log."""
     job.folder.mkdir(parents=True, exist_ok=True)
     job.seconds = job.seconds or _read_json(job.folder / "seconds.json")
+    _note_code(job.folder)
     with open(job.folder / LOG, "a") as log:
         job.told = os.fstat(log.fileno()).st_size
         job.process = subprocess.Popen(
@@ -194,11 +201,23 @@ def _after(out, job, stopping, keep):
 
 
 def _record(out, job, outcome, found, keep):
-    add_result(out, {"name": job.name, **job.run, "seconds": job.seconds, **found})
+    code = (job.folder / CODE).read_text()
+    add_result(out, {"name": job.name, **job.run, "seconds": job.seconds, "code": code, **found})
     job.outcome = outcome
     if not keep:
         for path in job.folder.glob("checkpoint_*"):
             path.unlink()
+
+
+def _note_code(folder):
+    """Note in a run's folder which code works on it, after any that did before: hashes, a blank between."""
+    from moco.meeting import code_hash
+
+    path, now = folder / CODE, code_hash()
+    before = path.read_text().split() if path.is_file() else []
+    if now not in before:
+        with atomic_file(path) as temporary:
+            temporary.write_text(" ".join([*before, now]))
 
 
 def _read_json(path):

@@ -144,6 +144,13 @@ def test_runs_are_named_by_all_digits_of_what_differs(folders, tmp_path, cli, mo
         ),
         ("trifeature", ["-b", "10", "--bn-splits", "4"], "batch of 10 has no --bn-splits 4 equal groups"),
         ("trifeature", ["--image-size", "600"], "--image-size 600 is more than Trifeature's 512"),
+        ("trifeature", ["--image-size", "4"], "--image-size must be at least 8 pixels, not 4"),
+        (
+            "trifeature",
+            ["--epsilon", "0", "--alpha", "2"],
+            "--method and --alpha have no effect at --epsilon 0",
+        ),
+        ("trifeature", ["--epsilon", "0", "--method", "ifm"], "--method and --alpha have no effect at"),
         ("trifeature", ["-a", "resnet19"], "torchvision has no classification model 'resnet19'"),
         ("trifeature", ["--jobs", "0"], "--jobs must be at least 1, not 0"),
         ("trifeature", ["--renders", "0"], "--renders must be at least 1, not 0"),
@@ -174,6 +181,14 @@ def test_folders_that_cannot_be_used_are_refused(folders, tmp_path, cli):
     if not torch.cuda.is_available():
         code, _, errors = cli(shortcuts.main, *words, tmp_path / "new", "--device", "cuda")
         assert code == 2 and "there is no GPU here" in errors and not (tmp_path / "new").exists()
+
+
+def test_what_the_runs_would_warn_of_is_told_once(folders, tmp_path, cli, monkeypatch):
+    sweep_of(monkeypatch, {})
+    words = ["randbit", *SMALL, "--moco-k", "32", "--bits", "0", "--data", folders, "--out", tmp_path / "out"]
+    code, output, _ = cli(shortcuts.main, *words)
+    warning = "warning: a queue of 32 keys holds every one of 24 images more than once,\n"
+    assert code == 0 and output.startswith(warning) and output.count("warning") == 1
 
 
 def test_the_same_data_and_factors_in_other_words_are_the_same_sweep(folders, tmp_path, cli, monkeypatch):

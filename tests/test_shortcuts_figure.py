@@ -113,7 +113,7 @@ def test_a_single_run_is_hollow_and_has_no_bars():
             points = [point for line in hollow for point in line.get_xdata()]
             assert len(points) == (len(EPSILONS) if recipe == "v2" else 0)  # all those of T 0.2
             assert all(len(bars.lines[0].get_xdata()) == of_each for bars in axis.containers)
-    assert "hollow: one run" in figure.get_supxlabel()
+    assert "hollow: of one run" in figure.get_supxlabel() and "diverged" not in figure.get_supxlabel()
 
 
 def test_of_one_seed_and_of_diverged_runs_there_is_a_figure():
@@ -121,6 +121,29 @@ def test_of_one_seed_and_of_diverged_runs_there_is_a_figure():
     figure.draw_without_rendering()
     assert [len(axis.containers) for axis in figure.axes[:3]] == [6, 3, 2]
     results = diverged(made(), recipe="v2", T=0.2, epsilon=0)
-    figure = figure_of("trifeature", diverged(results, recipe="crops", T=0.07, epsilon=0.5))
+    figure = figure_of("trifeature", diverged(results, T=0.07, epsilon=0.5))
     figure.draw_without_rendering()
     assert [len(axis.containers) for axis in figure.axes[:3]] == [5, 3, 2]
+    assert "9 of 36 runs diverged and are left out" in figure.get_supxlabel()
+    figure = figure_of("trifeature", diverged(made(), epsilon=0.5))  # what was tried keeps its place
+    assert [tick.get_text() for tick in figure.axes[-1].get_xticklabels()] == [f"{e:g}" for e in EPSILONS]
+
+
+def test_gains_stand_at_the_losses_of_their_own_runs():
+    results = diverged(made(), recipe="crops", T=0.2, epsilon=0, seed=1)
+    axis = np.array(figure_of("trifeature", results).axes).reshape(10, 3)[4][0]
+    found = list(curves(axis).values())[len(EPSILONS) - 1]  # after those of T 0.07
+    runs = [r for r in of(results, recipe="crops", T=0.2, epsilon=EPSILONS[1]) if r["seed"] != 1]
+    assert found[0] == pytest.approx([np.mean([run["losses"]["info_nce"] for run in runs])])
+
+
+def test_of_one_factor_the_gain_is_its_own():
+    results = [r | {"readout": {"class": r["readout"]["shape"]}} for r in made()]
+    figure = figure_of("trifeature", results)
+    assert {axis.get_ylabel()[:13] for axis in figure.axes} == {
+        "class, %\n(cro",
+        "class, %\n(v2)",
+        "gain of class",
+        "",
+    }
+    assert "worst" not in figure.get_supxlabel().lower()

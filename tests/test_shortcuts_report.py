@@ -87,12 +87,14 @@ def test_the_table_holds_differences_over_all_temperatures_where_there_are_sever
             assert row[column] == f"{np.mean(values):+.1f} ± {half(values):.1f}"
         assert row["seeds"] == str(len(seeds)) and row["InfoNCE"] == ""
     assert "T all: the mean over T of each seed that has every T" in text
-    assert "Of 48 intervals of readouts about 2 would leave out 0 by chance alone" in text  # 12 rows of 4
-    for fewer in ({"T": 0.2}, {"recipe": "crops", "T": 0.07}):
-        left = [r for r in results if any(r.get(name) != value for name, value in fewer.items())]
-        everywhere = cells(table(left))[1]
-        places = {row["recipe"] for row in everywhere if row["T"] == "all"}
-        assert places == ({"v2"} if "recipe" in fewer else set())
+    assert "about 2.4 of these 48 intervals of readouts would leave out 0" in text  # 12 rows of 4
+    for fewer, left in (({"T": 0.2}, set()), ({"recipe": "crops", "T": 0.07}, {"v2"})):
+        these = [r for r in results if any(r.get(name) != value for name, value in fewer.items())]
+        assert {row["recipe"] for row in cells(table(these))[1] if row["T"] == "all"} == left
+    three = made(temperatures=(0.07, 0.2, 0.5))
+    these = diverged(three, recipe="v2", T=0.5, epsilon=0.5)  # no mean of two T beside means of three
+    everywhere = {(row["recipe"], row["epsilon"]) for row in cells(table(these))[1] if row["T"] == "all"}
+    assert everywhere == {("crops", "0.05"), ("crops", "0.5"), ("v2", "0.05")}
     assert "all" not in {row["T"] for row in cells(table([r for r in results if r["seed"] == 0]))[1]}
 
 
@@ -135,10 +137,18 @@ def test_of_one_factor_there_is_no_worst():
     results = [r | {"readout": {"class": r["readout"]["shape"]}} for r in made()]
     plain, differences = cells(table(results))
     assert "worst" not in plain[0].keys() | differences[0].keys() and plain[2]["class"]
+    assert "worst" not in table(results) and "worst: the factor" in table(made())
+
+
+def test_values_that_differ_in_the_last_digits_are_told_apart():
+    results = [r | {"epsilon": 0.12345678 + 1e-8 * (r["epsilon"] == 0.5)} for r in made() if r["trained"]]
+    assert {row["epsilon"] for row in cells(table(results))[0]} == {"", "0.12345678", "0.12345679"}
 
 
 def test_one_seed_has_no_interval():
-    plain, differences = cells(table([result for result in made() if result["seed"] == 0]))
+    text = table([result for result in made() if result["seed"] == 0])
+    plain, differences = cells(text)
+    assert "If epsilon changed nothing" not in text and "If epsilon changed nothing" in table(made())
     assert not any("±" in text for row in plain + differences for text in row.values())
 
 
@@ -158,16 +168,20 @@ def test_the_table_says_how_many_readouts_chose_the_end_of_the_grid():
         result["readout"]["texture"]["weight_decay"] = min(WEIGHT_DECAYS)
     of_all = f"shape 0 of {len(results)}, texture 4 of {len(results)}, color 0 of {len(results)}"
     assert f"the least weight decay there is, {min(WEIGHT_DECAYS):g}: {of_all}\n" in table(results)
+    results[7]["readout"]["color"]["weight_decay"] = max(WEIGHT_DECAYS)
+    assert f"the greatest weight decay there is, {max(WEIGHT_DECAYS):g}: shape 0 of" in table(results)
 
 
 def test_runs_of_other_code_or_packages_are_told():
     results = [result | {"code": "aaa", "versions": {"torch": "2.11", "numpy": "2"}} for result in made()]
-    assert "measured by the same" not in table(results) and "measured by" not in table(made())
+    assert "made by the same" not in table(results) and "made by the same" not in table(made())
     results[0] |= {"code": "bbb"}
     results[1] |= {"versions": {"torch": "2.14", "numpy": "2"}}
     text, others = table(results), len(results) - 1
-    assert f"Not all runs were measured by the same code: bbb (1 runs), aaa ({others} runs)\n" in text
-    assert f"the same torch: 2.11 ({others} runs), 2.14 (1 runs)\n" in text and "same numpy" not in text
+    assert f"Not all runs were made by the same code: bbb (runs: 1), aaa (runs: {others})\n" in text
+    assert f"the same torch: 2.11 (runs: {others}), 2.14 (runs: 1)\n" in text and "same numpy" not in text
+    del results[0]["code"]  # an older one
+    assert f"the same code: unknown (runs: 1), aaa (runs: {others})\n" in table(results)
 
 
 def test_readouts_that_did_not_converge_are_named():

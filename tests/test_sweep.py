@@ -13,6 +13,7 @@ from started_runs import alive, all_end
 
 from moco import sweep
 from moco.errors import UserError
+from moco.meeting import code_hash
 from moco.sweep import Job, add_result, locked, read_results, run_jobs, settle
 from moco.watch import Signals
 
@@ -42,7 +43,8 @@ def test_runs_are_recorded_with_what_identifies_them(tmp_path, capsys, keep):
     results = sorted(read_results(tmp_path), key=lambda result: result["seed"])
     for seed, result in enumerate(results):
         seconds = result.pop("seconds")
-        assert result == {"name": f"run{seed}", "seed": seed, "trained": True, "readout": 7}
+        expected = {"name": f"run{seed}", "seed": seed, "trained": True, "readout": 7, "code": code_hash()}
+        assert result == expected
         assert set(seconds) == {"pretrain", "measure"} and all(0 < s < 20 for s in seconds.values())
         folder = tmp_path / "runs" / f"run{seed}"
         assert (folder / "log.txt").read_text() == "trained\nmeasured\n"
@@ -220,6 +222,25 @@ def test_results_are_added_whole(tmp_path, monkeypatch):
     assert read_results(tmp_path) == [{"name": "a"}] and os.listdir(tmp_path) == ["results.jsonl"]
     add_result(tmp_path, {"name": "b"})
     assert read_results(tmp_path) == [{"name": "a"}, {"name": "b"}]
-    (tmp_path / "results.jsonl").write_text('{"name": "a"}\n{"na')
-    with pytest.raises(UserError, match="results.jsonl is damaged .*remove the line"):
-        read_results(tmp_path)
+    for damaged in ('{"na', "3", "{}", "[]"):
+        (tmp_path / "results.jsonl").write_text(f'{{"name": "a"}}\n{damaged}')
+        with pytest.raises(UserError, match=r"line 2 of .*results.jsonl is damaged .*remove it, and its run"):
+            read_results(tmp_path)
+
+
+def test_a_run_that_other_code_began_says_so(tmp_path):
+    (tmp_path / "out").mkdir()
+    first, second = "import sys; sys.exit(1)", MEASURE
+    work(tmp_path / "out", [job(tmp_path / "out", "a", first)])
+    (tmp_path / "out" / "runs" / "a" / "code.txt").write_text("0123456789ab")
+    work(tmp_path / "out", [job(tmp_path / "out", "a", second)])
+    assert read_results(tmp_path / "out")[0]["code"] == f"0123456789ab {code_hash()}"
+
+
+def test_a_reader_of_the_lines_who_leaves_is_no_full_disk(tmp_path, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sweep, "print", gone, raising=False)
+    with pytest.raises(BrokenPipeError):
+        work(tmp_path, [job(tmp_path, "a", MEASURE)])
