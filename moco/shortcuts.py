@@ -29,6 +29,7 @@ def main():
 
     import torch
 
+    from moco.readout import WEIGHT_DECAYS
     from moco.watch import PREEMPTED, Signals
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +40,8 @@ def main():
     runs = _runs(args)
     images = _images_of(args, data)
     notes = _check_runs(args, runs, data, images)
-    settings = _settings(args) | ({"data": str(data.resolve()), "images": images} if given else {})
+    settings = _settings(args) | {"weight_decays": list(WEIGHT_DECAYS)}
+    settings |= {"data": str(data.resolve()), "images": images} if given else {}
     with locked(args.out) as lock:
         settle(args.out, settings)
         done = {result["name"] for result in read_results(args.out)}
