@@ -13,16 +13,17 @@ def remarks(results):
 
 def _on_weight_decays(results):
     """How many took an end of the grid, where more would perhaps have read better."""
-    from moco.readout import WEIGHT_DECAYS
-
-    chosen = {}
-    for result in results:
-        for factor, readout in result.get("readout", {}).items():
-            chosen.setdefault(factor, []).append(readout.get("weight_decay"))
-    for word, end in (("least", min(WEIGHT_DECAYS)), ("greatest", max(WEIGHT_DECAYS))):
-        counts = [f"{factor} {found.count(end)} of {len(found)}" for factor, found in chosen.items()]
-        if any(end in found for found in chosen.values()):
-            yield f"Readouts that chose the {word} weight decay there is, {end:g}: {', '.join(counts)}"
+    for word, end_of in (("least", min), ("greatest", max)):
+        chosen, ends = {}, set()
+        for result in results:
+            for factor, readout in result.get("readout", {}).items() if "weight_decays" in result else ():
+                end = end_of(result["weight_decays"])  # the same for all of a sweep
+                chosen.setdefault(factor, []).append(readout["weight_decay"] == end)
+                ends.add(end)
+        if any(map(any, chosen.values())):
+            counts = ", ".join(f"{factor} {sum(found)} of {len(found)}" for factor, found in chosen.items())
+            grid_end = " or ".join(f"{end:g}" for end in sorted(ends))
+            yield f"Readouts that chose the {word} weight decay there is, {grid_end}: {counts}"
 
 
 def _on_differences_in_making(results):

@@ -159,7 +159,7 @@ def test_the_row_of_chance_holds_the_loss_of_telling_nothing_apart():
 
 
 def test_the_table_says_how_many_readouts_chose_the_end_of_the_grid():
-    results = made()
+    results = [result | {"weight_decays": list(WEIGHT_DECAYS)} for result in made()]
     for result in results:
         for readout in result["readout"].values():
             readout["weight_decay"] = 0.1
