@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from moco.errors import UserError
 
-WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # the first that reads best is taken
+WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # the first that reads best is taken; weaker ones need
+# thousands of steps, and read no better on pre-trained encoders (README, "Does it work?")
 CHOOSING = 5  # one group in so many of the training part is held back to choose by
 TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: with these biases no weights
-# give an objective lower by more than TOLERANCE^2 / (2 * weight decay), 5e-6 or less
+# give an objective lower by more than TOLERANCE^2 / (2 * weight decay), 5e-7 or less
 MOST_STEPS = 3000
 
 
