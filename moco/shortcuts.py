@@ -62,11 +62,11 @@ def main():
                 args.out, jobs, side_by_side, environment, lock, signals, args.keep_checkpoints
             )
         print(write_report(args.out, args.kind, read_results(args.out)))
-        if signals.name:
+        if signals.name and not all(job.outcome for job in jobs):
             print(f"stopped by {signals.name}; the same command goes on")
             raise SystemExit(PREEMPTED)
         if failures:
-            print(f"{len(failures)} runs failed; the same command tries them again")
+            print(f"runs that failed: {len(failures)}; the same command tries them again")
             raise SystemExit(1)
 
 

@@ -67,16 +67,20 @@ def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, cli):
     assert (out / "results.jsonl").read_bytes() == before
 
 
+MEASURED = "MEASURED"  # in a line of Python: what leaves a measurement
+
+
 def sweep_of(monkeypatch, codes):
     """Have each run of a sweep be a line of Python, by a word in its name; others measure something."""
     real = shortcuts._job
 
     def job(*arguments):
         made = real(*arguments)
-        readout = {"class": {"accuracy": 50.0, "chance": 10.0, "converged": True}}
+        readout = {"class": {"accuracy": 50.0, "chance": 10.0, "converged": True, "weight_decay": 0.1}}
         found = json.dumps({"readout": readout, "losses": {"info_nce": 2.0}})
-        code = f"open({str(made.folder / 'measured.json')!r}, 'w').write({found!r})"
-        code = next((line for word, line in codes.items() if word in made.name), code)
+        measured = f"open({str(made.folder / 'measured.json')!r}, 'w').write({found!r})"
+        code = next((line for word, line in codes.items() if word in made.name), MEASURED)
+        code = code.replace(MEASURED, measured)
         return Job(made.run, [("measure", ["-c", code])], made.folder)
 
     monkeypatch.setattr(shortcuts, "_job", job)
@@ -89,7 +93,7 @@ def test_how_a_sweep_ends(folders, tmp_path, cli, monkeypatch):
     codes = {"eps0.1_bits0_seed0": wild, "eps0_bits0_seed1": "raise RuntimeError('no such luck')"}
     sweep_of(monkeypatch, codes)
     code, output, _ = cli(shortcuts.main, *words)
-    assert code == 1 and output.endswith("1 runs failed; the same command tries them again\n")
+    assert code == 1 and output.endswith("runs that failed: 1; the same command tries them again\n")
     assert "error: v2_T0.2_eps0_bits0_seed1 ended with 1: RuntimeError: no such luck (see " in output
     assert len(read_results(out)) == 5 and "| v2 | 0.2 | 0.1 | 1, 1 diverged |" in output
     assert f"v2_T0.2_eps0.1_bits0_seed0 diverged: the loss {DIVERGED}\n" in output
@@ -101,9 +105,13 @@ def test_how_a_sweep_ends(folders, tmp_path, cli, monkeypatch):
     assert code == 75 and output.endswith("stopped by SIGTERM; the same command goes on\n")
     assert output.startswith("6 runs, 5 of them done") and len(read_results(out)) == 5
     monkeypatch.undo()
+    sweep_of(monkeypatch, {"seed1": f"import os; {MEASURED}; os.kill(os.getppid(), 15)"})
+    code, output, _ = cli(shortcuts.main, *words)  # stopped when nothing is left to do
+    assert code == 0 and "stopped" not in output and len(read_results(out)) == 6
+    monkeypatch.undo()
     sweep_of(monkeypatch, {})
     code, output, _ = cli(shortcuts.main, *words, "--seeds", "0", "1", "2")  # also with more values
-    assert code == 0 and output.startswith("9 runs, 5 of them done") and len(read_results(out)) == 9
+    assert code == 0 and output.startswith("9 runs, 6 of them done") and len(read_results(out)) == 9
 
 
 def test_runs_are_named_by_all_digits_of_what_differs(folders, tmp_path, cli, monkeypatch):
