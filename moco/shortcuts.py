@@ -17,7 +17,7 @@ from moco import trifeature
 from moco.cores import available_cores
 from moco.errors import UserError, run_program
 from moco.measure import AS_FOLDERS, factors_of
-from moco.shortcuts_options import PER_GPU, RECIPES, check_lists, parse_args
+from moco.shortcuts_options import MOST_ON_GPU, RECIPES, check_lists, parse_args
 from moco.shortcuts_report import number, write_report
 from moco.sweep import Job, locked, read_results, run_jobs, settle
 
@@ -51,7 +51,9 @@ def main():
         factors = args.factors or factors_of(data)
         jobs = [job for job in (_job(args, run, data, factors, settings) for run in runs)
                 if job.name not in done]  # fmt: skip
-        side_by_side = args.jobs or (PER_GPU if args.device == "cuda" else available_cores())
+        side_by_side = args.jobs or min(
+            available_cores(), MOST_ON_GPU if args.device == "cuda" else len(runs)
+        )
         print(f"{len(runs)} runs, {len(runs) - len(jobs)} of them done; {side_by_side} side by side on "
               f"{args.device}", flush=True)  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

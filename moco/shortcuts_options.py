@@ -5,7 +5,7 @@ import argparse
 from moco.errors import UserError
 
 RECIPES = {"v2": "--aug-plus", "crops": "--crops-only"}
-PER_GPU = 6  # runs side by side on one
+MOST_ON_GPU = 12  # runs side by side on one, each of which keeps a core busy, too
 ALPHA, RENDERS = 1.0, 4  # unless given
 
 
@@ -73,7 +73,7 @@ def _add_running(parser):
     )
     add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
     add("--jobs", type=int, metavar="N",
-        help=f"runs side by side (default: one per core, {PER_GPU} on a GPU)")  # fmt: skip
+        help=f"runs side by side (default: one per core, at most {MOST_ON_GPU} on a GPU)")  # fmt: skip
     add("--keep-checkpoints", action="store_true", help="do not remove them once they are measured")
 
 
