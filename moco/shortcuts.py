@@ -51,9 +51,8 @@ def main():
         factors = args.factors or factors_of(data)
         jobs = [job for job in (_job(args, run, data, factors, settings) for run in runs)
                 if job.name not in done]  # fmt: skip
-        side_by_side = args.jobs or min(
-            available_cores(), MOST_ON_GPU if args.device == "cuda" else len(runs)
-        )
+        most = MOST_ON_GPU if args.device == "cuda" else len(runs)
+        side_by_side = args.jobs or min(available_cores(), most)
         print(f"{len(runs)} runs, {len(runs) - len(jobs)} of them done; {side_by_side} side by side on "
               f"{args.device}", flush=True)  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
