@@ -60,9 +60,7 @@ def test_few_samples_of_features_that_go_together_converge():
         features = hidden @ (1 + 0.5 * torch.randn(12, 1000, generator=generator, dtype=torch.float64))
         features, _ = standardised(features, features)
         fits = [fit(features, torch.arange(20) % 3, 3, w) for w in readout.WEIGHT_DECAYS]
-        assert [own.converged for own in fits] == [True] * len(fits) and max(
-            own.iterations for own in fits
-        ) < 300
+        assert all(own.converged for own in fits) and max(own.iterations for own in fits) < 300
 
 
 def test_a_readout_that_was_cut_off_says_so(monkeypatch):
