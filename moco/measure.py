@@ -60,8 +60,8 @@ def plain_loss(model, folder, settings, device):
     (shuffled BatchNorm over groups, a queue that moves on), at a learning rate of 0 and a key momentum of 1:
     so it means the same for every epsilon, whose own training loss has the perturbation in it. New keys come
     from the key encoder as it was at the end, while in training old keys are of older weights and easier to
-    tell apart: so also without IFM this is not the training loss. BatchNorm's running statistics and the queue
-    of `model` (a MoCo) change.
+    tell apart: so also without IFM this is not the training loss. BatchNorm's running statistics and the
+    queue of `model` (a MoCo) change.
     """
     import torch
 
