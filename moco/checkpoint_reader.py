@@ -65,10 +65,60 @@ def check_kinds(checkpoint, path):
         if name in checkpoint and not isinstance(checkpoint[name], kind):
             found = type(checkpoint[name]).__name__
             raise UserError(f"{path} is no checkpoint of this program: its entry {name} is of type {found}")
-    for name in ("log", "noted"):
-        for pair in checkpoint.get(name, {}).values():
-            if not (isinstance(pair, tuple) and list(map(type, pair)) == [torch.Tensor, int]):
-                raise UserError(f"{path} is no checkpoint of this program: its entry {name} holds no sums")
+    for name, plausible in CONTENTS.items():
+        if checkpoint.get(name) is not None and not plausible(checkpoint[name], checkpoint):
+            raise UserError(f"{path} is no checkpoint of this program: its entry {name} holds other things")
+
+
+def _is_count(value, _):
+    return value >= 0
+
+
+def _is_number(value, _):
+    return not isinstance(value, torch.Tensor) or value.numel() == 1
+
+
+def _is_sums(value, _):
+    """Whether it is what moco.meters.StepLog.state_dict gives."""
+    return isinstance(value, dict) and all(
+        isinstance(pair, tuple) and list(map(type, pair)) == [torch.Tensor, int] and pair[0].numel() == 1
+        for pair in value.values()
+    )
+
+
+def _is_sums_of_heads(value, checkpoint):
+    """Whether it has, for each process, the sums of each head; or nothing."""
+    heads, processes = len(checkpoint.get("heads", ())), checkpoint.get("data", {}).get("processes")
+    return len(value) in (0, processes) and all(
+        isinstance(of_process, list) and len(of_process) == heads
+        and all(_is_sums(sums, checkpoint) for sums in of_process)
+        for of_process in value
+    )  # fmt: skip
+
+
+def _is_names(value, _):
+    return all(isinstance(name, str) for name in value)
+
+
+def _is_confusion(value, checkpoint):
+    """Whether it is what moco.linear_report.confusion_of gives for the classes of the checkpoint."""
+    classes = len(checkpoint.get("classes", ()))
+    return isinstance(value, list) and all(
+        isinstance(row, list) and list(map(type, row)) == [int] * 3
+        and 0 <= row[0] < classes and 0 <= row[1] < classes and row[2] > 0
+        for row in value
+    )  # fmt: skip
+
+
+# What must hold of an entry of that kind: functions of it and the checkpoint.
+CONTENTS = {
+    **dict.fromkeys(("epoch", "step"), _is_count),
+    "best_acc1": _is_number,
+    **dict.fromkeys(("log", "noted"), _is_sums),
+    "logs": _is_sums_of_heads,
+    "classes": _is_names,
+    "confusion": _is_confusion,
+}
 
 
 def _refuse_compressed(path):

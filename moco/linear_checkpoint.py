@@ -67,7 +67,7 @@ def restore(heads, checkpoint, path, epochs):
     than these, where there are several, or has nothing left to do of `epochs`.
     """
     saved = checkpoint.get("heads") or [_only_head(checkpoint)]
-    if not all(isinstance(state, dict) and isinstance(state.get("history", []), list) for state in saved):
+    if not all(isinstance(state, dict) and _is_history(state.get("history", [])) for state in saved):
         raise UserError(f"{path} is no checkpoint of this program: its entry heads holds other things")
     before, here = [state.get("lr") for state in saved], [head.lr for head in heads]
     if max(len(before), len(here)) > 1 and before != here:
@@ -90,6 +90,16 @@ def _only_head(checkpoint):
         if name.startswith("fc.")
     }
     return {**checkpoint, "state_dict": layer}
+
+
+def _is_history(value):
+    """Whether it is what moco.heads.record makes: numbers of some epochs."""
+    names = {"epoch", "loss", "acc1", "acc5"}
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and entry.keys() == names
+        and all(isinstance(number, (int, float)) for number in entry.values())
+        for entry in value
+    )  # fmt: skip
 
 
 def _words(lrs):

@@ -53,6 +53,10 @@ def same_course(checkpoint, source, data, settings, say):
             f"{source} stands in the middle of an epoch of --seed {before['seed']}, whose other half --seed "
             f"{settings['seed']} does not know: go on with the same, or leave the flag out"
         )
+    if step and step > (steps := data["images"] // data["global_batch"]):
+        raise UserError(
+            f"{source} is no checkpoint of this program: it stands after {step} of an epoch's {steps} steps"
+        )
     for name, value in before.items():
         if settings.get(name, value) != value:
             say(f"note: {name} was {value} in {source} and is {settings[name]} from here on")

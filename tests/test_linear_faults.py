@@ -221,7 +221,7 @@ def test_what_can_go_on_is_noted_and_what_does_not_matter_is_not(stopped, folder
         "note: --pretrained nowhere is not read: what goes on has its features",
     ]
     # A checkpoint of before says nothing of this, and a validation alone does not ask.
-    old = {"settings", "data", "classes", "step", "logs"}
+    old = {"settings", "data", "classes", "confusion", "step", "logs"}
     checkpoint = {name: value for name, value in load(stopped).items() if name not in old}
     save_checkpoint(checkpoint, tmp_path / "old")
     more = [*changed, "--epochs", "4", "-b", "4", "--resume", tmp_path / "old"]

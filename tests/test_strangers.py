@@ -19,6 +19,14 @@ import main_moco
 from moco.checkpoint import save_checkpoint
 from moco.checkpoint_reader import check_kinds, read_checkpoint
 from moco.errors import UserError
+from moco.linear_checkpoint import restore
+from moco.resume import same_course
+
+SUMS = {"Loss": (torch.zeros(()), 3)}
+OF_TWO_HEADS = {  # entries of a linear evaluation in one process, in the middle of an epoch
+    "heads": [{}, {}], "logs": [[SUMS, SUMS]], "data": {"processes": 1},
+    "classes": ["cat", "dog"], "confusion": [[0, 1, 2], [1, 1, 5]],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
@@ -100,17 +108,30 @@ def test_a_tensor_that_says_it_is_larger_than_its_file_is_refused(folders, tmp_p
     [
         ("epoch", "1"), ("step", 1.5), ("seed", None), ("arch", 18), ("settings", [1]), ("data", "x"),
         ("optimizer", []), ("log", {"Loss": 1.0}), ("noted", {"x": (1.0, 1)}), ("heads", {}),
+        ("step", -1), ("epoch", -3), ("best_acc1", torch.zeros(2)), ("log", {"Loss": (torch.zeros(3), 1)}),
+        ("classes", ["a", 2]), ("confusion", 5), ("confusion", [[0, 1]]), ("confusion", [[0, 2, 4]]),
+        ("confusion", [[0, 1, 0]]), ("logs", [{}]), ("logs", [[SUMS]]), ("logs", [[SUMS, SUMS]] * 2),
+        ("logs", [[SUMS, {"Loss": 1.0}]]),
     ],
     ids=str,
 )  # fmt: skip
 def test_an_entry_of_another_type_is_named(tmp_path, entry, value):
-    path, good = (
-        tmp_path / "x.pth.tar",
-        {"log": {"Loss": (torch.zeros(()), 3)}, **upstream_layout(mlp=True)[0]},
-    )
+    path, good = tmp_path / "x.pth.tar", {"log": SUMS, **OF_TWO_HEADS, **upstream_layout(mlp=True)[0]}
     check_kinds(good, path)
     with pytest.raises(UserError, match=f"its entry {entry} "):
         check_kinds({**good, entry: value}, path)
+
+
+def test_places_that_no_run_leaves_are_named():
+    data, settings = {"images": 30, "global_batch": 8}, {"seed": 0}
+    same_course({"step": 3}, "x", data, settings, print)
+    with pytest.raises(
+        UserError, match="x is no checkpoint of this program: it stands after 4 of an epoch's 3"
+    ):
+        same_course({"step": 4}, "x", data, settings, print)
+    lacks = [{"history": [{"epoch": 0, "loss": 1.0, "acc5": 1.0}]}]
+    with pytest.raises(UserError, match="x is no checkpoint of this program: its entry heads holds other"):
+        restore([], {"heads": lacks}, "x", epochs=1)
 
 
 def test_every_flipped_bit_is_found(tmp_path):
