@@ -91,8 +91,18 @@ def test_the_bands_tell_another_training_apart(changes):
     assert mean > 0.01 and largest > 0.05
 
 
-def test_what_is_kept_is_float32_under_the_same_names():
-    plain, fast = curve(steps=2)[1].state_dict(), curve(steps=2, **FAST_ON_CUDA)[1].state_dict()
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=SLOW)])
+def test_what_is_kept_is_float32_under_the_same_names(monkeypatch, backend):
+    compiled = []
+
+    def traced(function, **options):
+        compiled.append(function)
+        return real(function, backend=backend, **options)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)  # "eager" traces as usual and generates no code
+    plain, fast = (curve.__wrapped__(steps=2, **flags)[1].state_dict() for flags in ({}, FAST_ON_CUDA))
+    assert len(compiled) == 2
     assert plain.keys() == fast.keys()
     assert all(fast[name].dtype == plain[name].dtype for name in plain)
     assert fast["encoder_q.conv2.weight"].is_contiguous(memory_format=torch.channels_last)
