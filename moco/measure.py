@@ -31,6 +31,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
     Everything is a function of these, the number of threads and the machine.
     """
+    from moco.bench_report import machine
     from moco.versions import versions
 
     settings = checkpoint["settings"] if checkpoint else untrained
@@ -49,7 +50,7 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
             "info_nce": loss,
             "info_nce_acc1": accuracy,
         }
-    result["versions"] = versions()
+    result |= {"versions": versions(), "hardware": machine(device)}
     return result
 
 

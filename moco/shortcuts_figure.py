@@ -19,6 +19,8 @@ from moco.shortcuts_report import (
 MARKERS = "os^Dv<>P"
 STYLES = ("-", "--", "-.", ":")
 GAIN = "gain"  # of the last column over epsilon 0, paired by seed
+_LEVEL = {"color": "gray", "linestyle": ":", "label": "untrained"}
+_LEVEL_0 = {"color": "black", "linewidth": 0.8, "label": "no gain"}
 
 
 def draw(kind, results, path):
@@ -39,15 +41,14 @@ def figure_of(kind, results):
     height = 1.5 + (2.6 if of_bits else 1.6) * len(lines)
     figure = Figure(figsize=(10, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    shared = {} if of_bits else {"sharex": "col", "sharey": "row"}
+    shared = {} if of_bits else {"sharey": "row"}
     axes = figure.subplots(len(lines), len(found.shown) if of_bits else 3, squeeze=False, **shared)
     for row, line in zip(axes, lines, strict=True):
         (_against_bits if of_bits else _against_all)(row, line, found)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    if not of_bits:
-        for axis, label in zip(axes[-1], ("InfoNCE loss", "T", "epsilon"), strict=True):
-            axis.set_xlabel(label)
+    for first in range(0, 0 if of_bits else len(lines), len(found.shown)):
+        _share_x(axes[first : first + len(found.shown)])
     figure.align_ylabels(axes[:, 0])
     figure.supxlabel(_note(found, of_bits), fontsize="small", x=0.01, ha="left")
     _legend(figure, axes)
@@ -118,12 +119,22 @@ def _against_all(row, line, found):
         row[0].axvline(found.chance, color="gray", linestyle="-.", linewidth=1, label="loss at chance")
     mean, half = interval(found.levels(what))
     for axis in row if not math.isnan(mean) else ():
-        axis.axhline(mean, color="gray", linestyle=":", label="_" if what == GAIN else "untrained")
+        axis.axhline(mean, **_LEVEL_0 if what == GAIN else _LEVEL)
         if not math.isnan(half):
             axis.axhspan(mean - half, mean + half, color="gray", alpha=0.15, linewidth=0)
     row[0].set_ylabel(f"{found.label(what)}\n({recipe})")
     for axis in row:
         _within_percent(axis, what)
+
+
+def _share_x(rows):
+    """Give the panels of a recipe the same x, and the lowest of them its name."""
+    for column, label in zip(rows.T, ("InfoNCE loss", "T", "epsilon"), strict=True):
+        for axis in column[:-1]:
+            axis.sharex(column[-1])
+            axis.tick_params(labelbottom=False)
+        column[-1].set_xlabel(label)
+        column[-1].autoscale(axis="x")
 
 
 def _against_bits(row, line, found):
@@ -139,10 +150,11 @@ def _against_bits(row, line, found):
             style = {"label": f"epsilon {number(epsilon)}", "color": shades[e], "marker": _marker(e)}
             _curve(axis, chosen, gap * _beside(e, len(epsilons)), **style)
         levels = [interval(found.levels(what, count)) for count in bits]
-        label = "_" if what == GAIN else "untrained"
-        axis.plot(bits, [mean for mean, _ in levels], color="gray", linestyle=":", label=label)
+        ends = bits if len(bits) > 1 else [bit + side * gap / 2 for bit in bits for side in (-1, 1)]
+        levels = levels if len(bits) > 1 else levels * 2
+        axis.plot(ends, [mean for mean, _ in levels], **_LEVEL_0 if what == GAIN else _LEVEL)
         low, high = [mean - half for mean, half in levels], [mean + half for mean, half in levels]
-        axis.fill_between(bits, low, high, color="gray", alpha=0.15, linewidth=0)
+        axis.fill_between(ends, low, high, color="gray", alpha=0.15, linewidth=0)
         axis.set_xticks(counts)
         axis.set_xlabel("random bits")
         axis.set_ylabel(found.label(what))
@@ -167,7 +179,7 @@ def _within_percent(axis, what):
     """An interval of two seeds can be wider than what is possible."""
     low, high = axis.get_ylim()
     if what != GAIN:
-        axis.set_ylim(max(low, -2), min(high, 102))
+        axis.set_ylim(max(low, -1), min(high, 101))
 
 
 def _once(values):

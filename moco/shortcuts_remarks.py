@@ -29,9 +29,15 @@ def _on_weight_decays(results):
 def _on_differences_in_making(results):
     made_by = {}
     for result in results:
-        for name, version in (result.get("versions", {}) | {"code": result.get("code", "unknown")}).items():
+        known = {"code": result.get("code", "unknown"), **result.get("versions", {}), **_hardware(result)}
+        for name, version in known.items():
             made_by.setdefault(name, []).append(version)
     for name, found in made_by.items():
         if len(set(found)) > 1:
             each = ", ".join(f"{version} (runs: {found.count(version)})" for version in dict.fromkeys(found))
             yield f"Not all runs were made by the same {name}: {each}"
+
+
+def _hardware(result):
+    """Which processor and GPU it was made on, as far as it says so."""
+    return {name: found for name in ("cpu", "gpu") if (found := result.get("hardware", {}).get(name))}

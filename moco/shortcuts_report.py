@@ -86,7 +86,7 @@ def loss_at_chance(results):
 
 
 def table(results):
-    """Markdown: readouts of each row, then their differences to the row with epsilon 0."""
+    """Markdown: readouts of each row, differences to the row with epsilon 0, and its own to no training."""
     names = [name for name in SETTING if name != "bits" or any(r["bits"] for r in results)]
     columns = columns_of(results)
     several = WORST in columns
@@ -107,6 +107,7 @@ def table(results):
         cells += [cell([score(run, column) for run in good]) for column in columns]
         lines.append(_line([*_setting(key, names), _count(runs), *cells]))
     lines += _difference_lines(found, names, columns)
+    lines += _learned_lines(results, found, names, columns)
     for remark in remarks(results):
         lines += ["", remark]
     return "\n".join(lines) + "\n"
@@ -164,8 +165,27 @@ def _difference_lines(found, names, columns):
         text += [f"If epsilon changed nothing, about {cells / 20:.1f} of these {cells} intervals of readouts "
                  "would leave out 0."]  # fmt: skip
     head = _head([TITLES[name] for name in names] + ["seeds", LOSS, *columns])
-    lines = [_difference_line(key, mine, names, columns) for key, mine in (pairs | together).items()]
+    every = pairs | together
+    lines = [_line(_difference(key, every[key], names, (LOSS, *columns))) for key in every]
     return ["", *text, "", *head, *lines]
+
+
+def _learned_lines(results, found, names, columns):
+    """The third table: what training with epsilon 0 changed, by seed."""
+    pairs = {}
+    for key, runs in found.items():
+        start = {run["seed"]: run for run in untrained(results, key[2])}
+        mine = {seed: (run, start[seed]) for seed, run in sound(runs).items() if seed in start}
+        if key[-1] == 0 and mine:
+            pairs[key] = {
+                seed: {c: score(run, c) - score(before, c) for c in columns}
+                for seed, (run, before) in mine.items()
+            }
+    if not pairs:
+        return []
+    text = "Difference of epsilon 0 to the untrained encoder of the same seed, from which it started: points."
+    head = _head([TITLES[name] for name in names] + ["seeds", *columns])
+    return ["", text, "", *head, *(_line(_difference(key, pairs[key], names, columns)) for key in pairs)]
 
 
 def _over_temperatures(pairs, places):
@@ -191,12 +211,12 @@ def _mean_of(differences):
     return {name: sum(one[name] for one in differences) / len(differences) for name in columns}
 
 
-def _difference_line(key, of_seeds, names, columns):
+def _difference(key, of_seeds, names, columns):
+    """The cells of a row; empty ones for what it has not."""
     texts = [
-        cell([found[column] for found in of_seeds.values() if column in found], digits, sign=True)
-        for column, digits in ((LOSS, 3), *((column, 1) for column in columns))
+        cell([d[c] for d in of_seeds.values() if c in d], 3 if c == LOSS else 1, sign=True) for c in columns
     ]
-    return _line([*_setting(key, names), str(len(of_seeds)), *texts])
+    return [*_setting(key, names), str(len(of_seeds)), *texts]
 
 
 def _value(run, column):

@@ -50,12 +50,17 @@ def settle(out, settings):
             before = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); choose another --out") from error
-        for name in sorted(before.keys() | settings.keys()):
-            if before.get(name) != settings.get(name):
-                raise UserError(
-                    f"{out} holds a sweep with {name} {before.get(name)}, not {settings.get(name)}: give it "
-                    "the same settings, or choose another --out"
-                )
+        names = sorted(before.keys() | settings.keys())
+        differ = [
+            f"{name} {before.get(name)}, not {settings.get(name)}"
+            for name in names
+            if before.get(name) != settings.get(name)
+        ]
+        if differ:
+            raise UserError(
+                f"{out} holds a sweep with {'; '.join(differ)}: give it the same settings, or choose "
+                "another --out"
+            )
         return
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")

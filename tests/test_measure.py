@@ -84,6 +84,7 @@ def test_each_part_is_read_by_its_own_labels(combinations, monkeypatch):
         readout = found["readout"][factor]
         assert (readout["accuracy"], readout["chance"], readout["converged"]) == (100, 10, True)
     assert "losses" not in found and set(found["versions"]) > {"torch", "torchvision"}
+    assert found["hardware"]["cpu"] and found["hardware"]["gpu"] is None
 
 
 def test_a_class_is_read_of_folders_that_are_no_trifeature(folders, monkeypatch):

@@ -64,13 +64,17 @@ def test_the_figure_holds_the_readouts_against_loss_temperature_and_epsilon():
         assert at_chance.get_xdata()[0] == pytest.approx(math.log(1025))
         level = 0 if what == "gain" else scores(of(results, trained=False), what).mean()
         for axis in row:
-            lines = [line for line in axis.lines if line.get_linestyle() == ":"]
-            assert [line.get_ydata()[0] for line in lines] == [pytest.approx(level)]
-            assert (lines[0].get_label() == "untrained") == (what != "gain")
+            name = "no gain" if what == "gain" else "untrained"
+            levels = [line for line in axis.lines if line.get_label() in ("no gain", "untrained")]
+            assert [line.get_label() for line in levels] == [name]
+            assert levels[0].get_ydata()[0] == pytest.approx(level)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     above, below = labels[::2], labels[1::2]  # it is filled by columns
-    assert above == [*(f"epsilon {e:g}" for e in EPSILONS), ""]
-    assert below == ["loss at chance", "untrained", "T 0.07", "T 0.2"]
+    assert above == [*(f"epsilon {e:g}" for e in EPSILONS), "", ""]
+    assert below == ["loss at chance", "untrained", "T 0.07", "T 0.2", "no gain"]
+    for place in np.ndindex(panels.shape):  # what a recipe's panels share
+        assert panels[place].get_xlim() == panels[place[0] // 5 * 5, place[1]].get_xlim()
+    assert panels[0][0].get_xlim() != panels[9][0].get_xlim()
     for axis, values in zip(panels[-1][1:], (TEMPERATURES, EPSILONS), strict=True):
         assert [tick.get_text() for tick in axis.get_xticklabels()] == [f"{v:g}" for v in values]
 
@@ -100,6 +104,14 @@ def test_the_figure_holds_the_readouts_against_random_bits(tmp_path):
     draw("randbit", results, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG" and image.width == 1000
+
+
+def test_of_one_number_of_bits_the_untrained_level_is_seen():
+    results = made("randbit", recipes=("v2",), bits=(8,), temperatures=(0.2,))
+    axis = figure_of("randbit", results).axes[0]
+    (line,) = [line for line in axis.lines if line.get_label() == "untrained"]
+    level = scores(of(results, trained=False), "shape").mean()
+    assert list(line.get_xdata()) == [7.5, 8.5] and list(line.get_ydata()) == pytest.approx([level] * 2)
 
 
 def test_a_single_run_is_hollow_and_has_no_bars():

@@ -1,6 +1,7 @@
 """What a sweep tells: intervals as scipy's, and a table that holds the results' numbers."""
 
 import itertools
+import re
 import sys
 
 import numpy as np
@@ -30,9 +31,9 @@ def test_intervals_are_scipys():
 
 
 def cells(text):
-    """The rows of both tables: [{column: cell}, ...] each."""
+    """The rows of all tables: [{column: cell}, ...] each."""
     found = []
-    for lines in text.split("Difference to epsilon 0"):
+    for lines in re.split("Difference (?:to|of) epsilon 0", text):
         head, _, *body = [line.split("|")[1:-1] for line in lines.splitlines() if line[:1] == "|"]
         found.append([dict(zip(map(str.strip, head), map(str.strip, row), strict=True)) for row in body])
     return found
@@ -40,7 +41,7 @@ def cells(text):
 
 def test_the_table_holds_means_intervals_and_paired_differences():
     results = made()
-    plain, differences = cells(table(results))
+    plain, differences, learned = cells(table(results))
     assert len(plain) == 2 + 12 and len(differences) == 8 + 4
     assert plain[0]["recipe"] == "chance" and "bits" not in plain[0]
     randbit = made("randbit", recipes=("v2",), bits=(0, 3, 8), temperatures=(0.2,))
@@ -66,6 +67,22 @@ def test_the_table_holds_means_intervals_and_paired_differences():
         one, two = ([run["losses"]["info_nce"] for run in group] for group in (runs, base))
         loss = np.array(one) - np.array(two)
         assert row["seeds"] == "3" and row["InfoNCE"] == f"{loss.mean():+.3f} ± {half(loss):.3f}"
+    assert [(row["recipe"], row["T"], row["epsilon"]) for row in learned] == [
+        (recipe, T, "0") for recipe in ("crops", "v2") for T in ("0.07", "0.2")
+    ]
+    start = of(results, trained=False)
+    for row in learned:
+        runs = of(results, recipe=row["recipe"], T=float(row["T"]), epsilon=0)
+        for column in (*FACTORS, "worst"):
+            values = scores(runs, column) - scores(start, column)
+            assert row[column] == f"{values.mean():+.1f} ± {half(values):.1f}"
+    assert "InfoNCE" not in learned[0]
+    kept = [result for result in results if result["trained"] or result["seed"] != 1]
+    assert {row["seeds"] for row in cells(table(kept))[2]} == {"2"}
+    of_bits = cells(table(randbit))[2]
+    start, runs = of(randbit, trained=False, bits=3), of(randbit, trained=True, bits=3, epsilon=0)
+    assert [row["bits"] for row in of_bits] == ["0", "3", "8"]
+    assert of_bits[1]["shape"].startswith(f"{(scores(runs, 'shape') - scores(start, 'shape')).mean():+.1f} ±")
 
 
 def test_the_table_holds_differences_over_all_temperatures_where_there_are_several():
@@ -102,7 +119,8 @@ def test_diverged_runs_are_shown_and_their_pairs_left_out(tmp_path):
     results = diverged(made(), recipe="v2", T=0.2, epsilon=0, seed=1)
     results = diverged(results, recipe="crops", T=0.07, epsilon=0.5)
     text = table(results)
-    plain, differences = cells(text)
+    plain, differences, learned = cells(text)
+    assert {(row["recipe"], row["T"]): row["seeds"] for row in learned}["v2", "0.2"] == "2"
     by_place = {(row["recipe"], row["T"], row.get("epsilon")): row for row in plain}
     some, none = by_place["v2", "0.2", "0"], by_place["crops", "0.07", "0.5"]
     values = scores([r for r in of(results, recipe="v2", T=0.2, epsilon=0) if "readout" in r], "shape")
@@ -123,7 +141,7 @@ def test_runs_that_diverged_before_any_readout_have_a_table_too(tmp_path):
     (wild,) = of(made(), trained=False, seed=1)
     wild = {k: v for k, v in wild.items() if k != "readout"} | {"diverged": True, "reason": "a feature nan"}
     others = [result for result in made() if result["name"] != wild["name"]]
-    plain, _ = cells(table([*others, wild]))
+    plain, *_ = cells(table([*others, wild]))
     values = scores(of(others, trained=False), "shape")
     assert plain[1]["seeds"] == "2" and plain[1]["shape"] == f"{values.mean():.1f} ± {half(values):.1f}"
     assert f"{wild['name']} diverged: a feature nan\n" in table([*others, wild])
@@ -135,7 +153,7 @@ def test_runs_that_diverged_before_any_readout_have_a_table_too(tmp_path):
 
 def test_of_one_factor_there_is_no_worst():
     results = [r | {"readout": {"class": r["readout"]["shape"]}} for r in made()]
-    plain, differences = cells(table(results))
+    plain, differences, _ = cells(table(results))
     assert "worst" not in plain[0].keys() | differences[0].keys() and plain[2]["class"]
     assert "worst" not in table(results) and "worst: the factor" in table(made())
 
@@ -147,9 +165,9 @@ def test_values_that_differ_in_the_last_digits_are_told_apart():
 
 def test_one_seed_has_no_interval():
     text = table([result for result in made() if result["seed"] == 0])
-    plain, differences = cells(text)
+    plain, differences, learned = cells(text)
     assert "If epsilon changed nothing" not in text and "If epsilon changed nothing" in table(made())
-    assert not any("±" in text for row in plain + differences for text in row.values())
+    assert not any("±" in text for row in plain + differences + learned for text in row.values())
 
 
 def test_the_row_of_chance_holds_the_loss_of_telling_nothing_apart():
@@ -180,6 +198,9 @@ def test_runs_of_other_code_or_packages_are_told():
     text, others = table(results), len(results) - 1
     assert f"Not all runs were made by the same code: bbb (runs: 1), aaa (runs: {others})\n" in text
     assert f"the same torch: 2.11 (runs: {others}), 2.14 (runs: 1)\n" in text and "same numpy" not in text
+    results[2] |= {"hardware": {"cpu": "one", "gpu": None}}
+    results[3] |= {"hardware": {"cpu": "other", "gpu": None}}
+    assert "the same cpu: one (runs: 1), other (runs: 1)\n" in table(results) and "gpu" not in table(results)
     del results[0]["code"]  # an older one
     assert f"the same code: unknown (runs: 1), aaa (runs: {others})\n" in table(results)
 

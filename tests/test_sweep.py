@@ -206,6 +206,8 @@ def test_a_folder_that_is_no_sweep_or_another_one_is_refused_untouched(tmp_path)
         for other in ({"lr": 0.1, "factors": None}, {"lr": 0.03, "factors": ["shape"]}, {"lr": 0.03, "b": 1}):
             with pytest.raises(UserError, match=r"holds a sweep with (lr 0.03, not 0.1|factors None|b None)"):
                 settle(out, other)
+        with pytest.raises(UserError, match="with factors None, not 1; lr 0.03, not 3: give it the same"):
+            settle(out, {"lr": 3, "factors": 1})
         for damaged in ("[1]", "{"):
             (out / "sweep.json").write_text(damaged)
             with pytest.raises(UserError, match="sweep.json cannot be read"):
