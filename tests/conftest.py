@@ -24,6 +24,10 @@ from moco.errors import run_program
 
 torch.set_num_threads(1)  # two cores: the ranks of a test are its parallelism
 
+# Fake tensors, also those of compilation, make a machine without a GPU seem to have one, for which the next
+# backward pass starts threads; in forks of that process a backward pass then raises.
+torch._C._ensureCUDADeviceGuardSet = lambda: None
+
 # A shell starts background commands with Ctrl-C ignored, which their children inherit; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
