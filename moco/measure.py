@@ -14,6 +14,7 @@ from pathlib import Path
 from moco import trifeature
 from moco.errors import UserError, run_program
 from moco.files import atomic_file
+from moco.shortcuts_results import SHARED
 from moco.sweep import DIVERGED
 
 AS_FOLDERS = "class"  # the readout of a data set that is no Trifeature
@@ -27,6 +28,10 @@ def factors_of(folder):
 def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     """A dict of the `readout` of each factor (moco.readout.Readout's fields) and, of a checkpoint, `losses`.
 
+    Of an encoder with random bits it is read a second time, where all images have the bits of the first of
+    the training part (`readout_shared_bits`), one of the patterns it was trained with: bits that differ hide
+    pictures also from an encoder that keeps what they show.
+
     checkpoint: what read_checkpoint gave for `path`, of main_moco.py in one process; without one the encoder
     is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
     Everything is a function of these, the number of threads and the machine.
@@ -39,6 +44,8 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     model.to(device)
     encoder = model.encoder_q if checkpoint else model
     result = {"readout": _readouts(folder, factors, encoder, settings, device)}
+    if settings.get("random_bits", 0):
+        result[SHARED] = _readouts(folder, factors, encoder, settings, device, shared=True)
     if checkpoint:
         log = checkpoint["log"]
         means = {name: float(total) / count for name, (total, count) in log.items()}
@@ -101,17 +108,17 @@ def plain_loss(model, folder, settings, device):
     return loss_meter.mean, top1.mean
 
 
-def features(encoder, images, size, device, bits=0, seed=0, part=0):
+def features(encoder, images, size, device, bits=None):
     """Pooled features (N, d) of central views, float64 on the CPU, in evaluation mode; `fc` is left out.
 
-    images: an ImageFolder. With `bits` each gets random ones (moco.random_bits), of a `seed` and `part`.
+    images: an ImageFolder of N; bits: (N, B), of each image, for an encoder with random bits.
     """
     import torch
     from torch import nn
 
     from moco.data import Loading
     from moco.distributed import Process
-    from moco.random_bits import bits_of, with_channels
+    from moco.random_bits import with_channels
     from moco.views import normalise
 
     head, encoder.fc = encoder.fc, nn.Identity()
@@ -120,11 +127,10 @@ def features(encoder, images, size, device, bits=0, seed=0, part=0):
     with torch.no_grad():
         for batch in Loading(size, "pil", 256, 0).validation(images, Process.alone(device)):
             views = normalise(batch.pixels[0])
-            indices = range(done, done + len(views))
-            if bits:
-                views = with_channels(views, bits_of(seed, part, indices, bits).to(device))
+            if bits is not None:
+                views = with_channels(views, bits[done : done + len(views)])
             parts.append(encoder(views).double().cpu())
-            done = indices.stop
+            done += len(views)
     encoder.fc = head
     return torch.cat(parts)
 
@@ -149,20 +155,29 @@ def _model(checkpoint, path, settings):
     return model
 
 
-def _readouts(folder, factors, encoder, settings, device):
+def _readouts(folder, factors, encoder, settings, device, shared=False):
     import torch
 
     from moco.data import labelled_folders
-    from moco.random_bits import HELD_OUT, TRAIN
+    from moco.random_bits import HELD_OUT, TRAIN, bits_of
     from moco.readout import read_out
 
-    given = settings["image_size"], device, settings.get("random_bits", 0), settings["seed"]
+    size, count, seed = settings["image_size"], settings.get("random_bits", 0), settings["seed"]
+
+    def known_of(images, part):
+        bits = None
+        if count and shared:
+            bits = bits_of(seed, TRAIN, [0], count).expand(len(images), -1)
+        elif count:
+            bits = bits_of(seed, part, range(len(images)), count)
+        return features(encoder, images, size, device, bits)
+
     readouts, known = {}, None
     for factor in factors:
         factor_name = None if factor == AS_FOLDERS else factor
         train, val, classes = labelled_folders(folder, factor_name)
         if known is None:
-            known = features(encoder, train, *given, TRAIN), features(encoder, val, *given, HELD_OUT)
+            known = known_of(train, TRAIN), known_of(val, HELD_OUT)
             _check_finite(all(part.isfinite().all() for part in known), "a feature")
         targets, held_out = map(_labels, (train, val))  # each numbers its combinations by itself
         # Renders of a combination stay together; of one class all images would, so there each is its own.
@@ -219,9 +234,10 @@ def main():
     found = measure(
         args.data, args.factors or factors_of(args.data), device, checkpoint, args.pretrained, **untrained
     )
-    for factor, readout in found["readout"].items():
+    named = found["readout"] | {f"{k}, bits shared": v for k, v in found.get(SHARED, {}).items()}
+    for name, readout in named.items():
         note = "" if readout["converged"] else "; NOT converged"
-        print(f"{factor}: {readout['accuracy']:.2f} % (chance {readout['chance']:.2f}), weight decay "
+        print(f"{name}: {readout['accuracy']:.2f} % (chance {readout['chance']:.2f}), weight decay "
               f"{readout['weight_decay']:g}{note}")  # fmt: skip
     if "losses" in found:
         print(f"InfoNCE {found['losses']['info_nce']:.4f}, {found['losses']['info_nce_acc1']:.2f} % first")

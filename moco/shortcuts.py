@@ -18,7 +18,8 @@ from moco.cores import available_cores
 from moco.errors import UserError, run_program
 from moco.measure import AS_FOLDERS, factors_of
 from moco.shortcuts_options import MOST_ON_GPU, RECIPES, check_lists, parse_args
-from moco.shortcuts_report import number, write_report
+from moco.shortcuts_report import write_report
+from moco.shortcuts_results import number
 from moco.sweep import Job, locked, read_results, run_jobs, settle
 
 

@@ -4,21 +4,10 @@ import math
 
 from moco.errors import UserError
 from moco.intervals import interval
-from moco.shortcuts_report import (
-    WORST,
-    columns_of,
-    differences,
-    loss_at_chance,
-    number,
-    rows,
-    score,
-    sound,
-    untrained,
-)
+from moco.shortcuts_results import GAIN, WORST, number, readings
 
 MARKERS = "os^Dv<>P"
 STYLES = ("-", "--", "-.", ":")
-GAIN = "gain"  # of the last column over epsilon 0, paired by seed
 _LEVEL = {"color": "gray", "linestyle": ":", "label": "untrained"}
 _LEVEL_0 = {"color": "black", "linewidth": 0.8, "label": "no gain"}
 
@@ -35,64 +24,27 @@ def figure_of(kind, results):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("the figure needs matplotlib: `pip install matplotlib`") from error
-    found = _Found(results)
-    of_bits = kind == "randbit"
-    lines = found.places if of_bits else [(recipe, what) for recipe in found.recipes for what in found.shown]
+    found_ways, of_bits = readings(results), kind == "randbit"
+    found = found_ways[0]
+    if of_bits:
+        lines = [(place, reading) for place in found.places for reading in found_ways]
+    else:
+        lines = [((recipe, what), found) for recipe in found.recipes for what in found.shown]
     height = 1.5 + (2.6 if of_bits else 1.6) * len(lines)
     figure = Figure(figsize=(10, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     shared = {} if of_bits else {"sharey": "row"}
     axes = figure.subplots(len(lines), len(found.shown) if of_bits else 3, squeeze=False, **shared)
-    for row, line in zip(axes, lines, strict=True):
-        (_against_bits if of_bits else _against_all)(row, line, found)
+    for row, (line, reading) in zip(axes, lines, strict=True):
+        (_against_bits if of_bits else _against_all)(row, line, reading)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for first in range(0, 0 if of_bits else len(lines), len(found.shown)):
         _share_x(axes[first : first + len(found.shown)])
     figure.align_ylabels(axes[:, 0])
-    figure.supxlabel(_note(found, of_bits), fontsize="small", x=0.01, ha="left")
+    figure.supxlabel(_note(found, of_bits, len(found_ways) > 1), fontsize="small", x=0.01, ha="left")
     _legend(figure, axes)
     return figure
-
-
-class _Found:
-    """What there is to draw.
-
-    runs: {(recipe, T, bits, epsilon): {seed: run}} of sound ones; columns: the factors and the worst of
-    several; shown: these, and the gain of the last if there is one; recipes, temperatures, bits, epsilons,
-    places (recipe, T): all that were tried, in order; tried, diverged: numbers of runs.
-    """
-
-    def __init__(self, results):
-        found = rows(results)
-        self.runs = {key: sound(runs) for key, runs in found.items()}
-        self.tried, sound_ones = (sum(map(len, each.values())) for each in (found, self.runs))
-        self.diverged = self.tried - sound_ones
-        self.columns = columns_of(results)
-        self.differences = differences(found, self.columns[-1:])
-        self.untrained, self.chance = untrained(results), loss_at_chance(results)
-        self.shown = [*self.columns, *([GAIN] if self.differences else [])]
-        self.places = list(dict.fromkeys(key[:2] for key in self.runs))
-        self.recipes, self.temperatures, self.bits, self.epsilons = map(_once, zip(*self.runs, strict=True))
-
-    def label(self, what):
-        return f"gain of {self.columns[-1]}" if what == GAIN else f"{what}, %"
-
-    def values(self, key, what):
-        """Of each run of a setting, what a panel shows; none for the gain of epsilon 0."""
-        if what == GAIN:
-            return [found[self.columns[-1]] for found in self.differences.get(key, {}).values()]
-        return [score(run, what) for run in self.runs[key].values()]
-
-    def losses(self, key, what):
-        """InfoNCE of the same runs."""
-        seeds = self.differences.get(key, {}) if what == GAIN else self.runs[key]
-        return [self.runs[key][seed]["losses"]["info_nce"] for seed in seeds]
-
-    def levels(self, what, bits=None):
-        """The same of untrained encoders."""
-        chosen = [run for run in self.untrained if bits is None or run["bits"] == bits]
-        return [0.0] if what == GAIN else [score(run, what) for run in chosen]
 
 
 def _against_all(row, line, found):
@@ -158,11 +110,11 @@ def _against_bits(row, line, found):
         axis.set_xticks(counts)
         axis.set_xlabel("random bits")
         axis.set_ylabel(found.label(what))
-        axis.set_title(f"{recipe}, T {number(T)}", fontsize="medium")
+        axis.set_title("\n".join(filter(None, (f"{recipe}, T {number(T)}", found.how))), fontsize="medium")
         _within_percent(axis, what)
 
 
-def _note(found, of_bits):
+def _note(found, of_bits, twice):
     """What a reader must know, in lines that fit the figure."""
     first = "Bars: 95 % t intervals over seeds; hollow: of one run, which has none."
     if not of_bits:
@@ -170,6 +122,8 @@ def _note(found, of_bits):
     second = "Gain: over epsilon 0 with the same seed, in points."
     if WORST in found.columns:
         second = f"Worst: the factor that a run reads worst. {second}"
+    if twice:
+        second += " Shared bits: all images read with those of one."
     if found.diverged:
         second += f" {found.diverged} of {found.tried} runs diverged and are left out."
     return f"{first}\n{second}"
@@ -180,10 +134,6 @@ def _within_percent(axis, what):
     low, high = axis.get_ylim()
     if what != GAIN:
         axis.set_ylim(max(low, -1), min(high, 101))
-
-
-def _once(values):
-    return sorted(set(values))
 
 
 def _curve(axis, chosen, beside, **style):

@@ -1,14 +1,22 @@
 """Sentences under the table of a sweep: on runs that diverged, readouts at an end, runs made otherwise."""
 
+from moco.shortcuts_results import SHARED
+
 
 def remarks(results):
     """What a reader of the numbers must know of single runs, a sentence each."""
     yield from (f"{run['name']} diverged: {run['reason']}" for run in results if run.get("diverged"))
-    unsure = [r["name"] for r in results if not all(x["converged"] for x in r.get("readout", {}).values())]
+    unsure = [r["name"] for r in results if not all(x["converged"] for x in _readouts(r).values())]
     if unsure:
         yield f"Readouts of these did not converge: {', '.join(unsure)}"
     yield from _on_weight_decays(results)
     yield from _on_differences_in_making(results)
+
+
+def _readouts(result):
+    """Both readings of a run, by name."""
+    second = {f"{factor} with shared bits": found for factor, found in result.get(SHARED, {}).items()}
+    return result.get("readout", {}) | second
 
 
 def _on_weight_decays(results):
@@ -16,7 +24,7 @@ def _on_weight_decays(results):
     for word, end_of in (("least", min), ("greatest", max)):
         chosen, ends = {}, set()
         for result in results:
-            for factor, readout in result.get("readout", {}).items() if "weight_decays" in result else ():
+            for factor, readout in _readouts(result).items() if "weight_decays" in result else ():
                 end = end_of(result["weight_decays"])  # the same for all of a sweep
                 chosen.setdefault(factor, []).append(readout["weight_decay"] == end)
                 ends.add(end)

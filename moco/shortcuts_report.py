@@ -7,12 +7,25 @@ from moco.errors import UserError
 from moco.files import atomic_file
 from moco.intervals import interval
 from moco.shortcuts_remarks import remarks
+from moco.shortcuts_results import (
+    LOSS,
+    SETTING,
+    WORST,
+    columns_of,
+    differences,
+    learned,
+    loss_at_chance,
+    number,
+    over_temperatures,
+    rows,
+    score,
+    sound,
+    untrained,
+    value,
+    with_shared_bits,
+)
 
 TABLE, FIGURE = "table.md", "figure.png"
-WORST = "worst"  # the factor that a run reads worst
-LOSS = "InfoNCE"
-SETTING = ("recipe", "T", "bits", "epsilon")  # what runs of one row share; seeds differ
-TITLES = {"recipe": "recipe", "T": "T", "bits": "bits", "epsilon": "epsilon"}
 
 
 def write_report(out, kind, results):
@@ -42,54 +55,12 @@ def _write(out, kind, results, text):
         return f"{out / TABLE}; no figure: {error.sentence}"
 
 
-def factors_in(results):
-    """The names of what was read, in order; none while all runs diverged."""
-    return list(next((result["readout"] for result in results if "readout" in result), ()))
-
-
-def columns_of(results):
-    """What a table or figure shows of each run: the factors and, of several, the worst."""
-    factors = factors_in(results)
-    return [*factors, WORST] if len(factors) > 1 else factors
-
-
-def score(result, factor):
-    """Accuracy in percent of one factor, or of the one that the run reads worst."""
-    if factor == WORST:
-        return min(readout["accuracy"] for readout in result["readout"].values())
-    return result["readout"][factor]["accuracy"]
-
-
-def rows(results):
-    """{(recipe, T, bits, epsilon): its runs by seed}, sorted, of trained runs, diverged ones too."""
-    found = {}
-    for result in sorted(results, key=lambda result: result["seed"]):
-        if result["trained"]:
-            found.setdefault(tuple(result[name] for name in SETTING), {})[result["seed"]] = result
-    return dict(sorted(found.items()))
-
-
-def sound(runs):
-    """Those of a row's runs that did not diverge, by seed."""
-    return {seed: run for seed, run in runs.items() if not run.get("diverged")}
-
-
-def untrained(results, bits=None):
-    """The readouts without training, of a number of bits or of all."""
-    return [r for r in results if not r["trained"] and "readout" in r and (bits is None or r["bits"] == bits)]
-
-
-def loss_at_chance(results):
-    """InfoNCE of an encoder that tells nothing apart, or None where runs do not say how many keys."""
-    keys = {result["moco_k"] for result in results if "moco_k" in result}
-    return math.log(1 + keys.pop()) if len(keys) == 1 else None
-
-
 def table(results):
-    """Markdown: readouts of each row, differences to the row with epsilon 0, and its own to no training."""
-    names = [name for name in SETTING if name != "bits" or any(r["bits"] for r in results)]
-    columns = columns_of(results)
-    several = WORST in columns
+    """Markdown: readouts of each row, differences to the row with epsilon 0, and its own to no training.
+
+    Of encoders with random bits twice, if results have both readings.
+    """
+    several = WORST in columns_of(results)
     lines = [
         "Linear readout in percent of held-out images, mean over seeds ± half of the 95 % t interval",
         "(seeds decide weights, order, views and random bits; pictures and held-out part are the same",
@@ -97,34 +68,37 @@ def table(results):
         "all of the last key encoder; comparable within one T.",
         *(["worst: the factor that a run reads worst, which need not be the same in each."] * several),
         "",
-        *_head([TITLES[name] for name in names] + ["seeds", LOSS, *columns]),
-        *_plain_rows(results, names, columns),
+        *_tables(results),
     ]
-    found = rows(results)
-    for key, runs in found.items():
-        good = list(sound(runs).values())
-        cells = [cell([_value(run, LOSS) for run in good], 3)]
-        cells += [cell([score(run, column) for run in good]) for column in columns]
-        lines.append(_line([*_setting(key, names), _count(runs), *cells]))
-    lines += _difference_lines(found, names, columns)
-    lines += _learned_lines(results, found, names, columns)
+    shared = with_shared_bits(results)
+    if shared:
+        lines += [
+            "",
+            "The same encoders read from images that all have the random bits of the first training image:",
+            "what is kept of the pictures where bits do not tell images apart.",
+            "",
+            *_tables(shared),
+        ]
     for remark in remarks(results):
         lines += ["", remark]
     return "\n".join(lines) + "\n"
 
 
-def differences(found, columns):
-    """Each row of `rows` less that of epsilon 0: {row: {seed: {column: difference}}} of seeds in both."""
-    pairs = {}
+def _tables(results):
+    """The three tables of one way of reading."""
+    names = [name for name in SETTING if name != "bits" or any(r["bits"] for r in results)]
+    columns, found = columns_of(results), rows(results)
+    lines = [
+        *_head([*names, "seeds", LOSS, *columns]),
+        *_plain_rows(results, names, columns),
+    ]
     for key, runs in found.items():
-        base = sound(found.get((*key[:-1], 0.0), {}))
-        mine = {seed: (run, base[seed]) for seed, run in sound(runs).items() if seed in base}
-        if key[-1] != 0 and mine:
-            pairs[key] = {
-                seed: {c: _value(run, c) - _value(plain, c) for c in (LOSS, *columns)}
-                for seed, (run, plain) in mine.items()
-            }
-    return pairs
+        good = list(sound(runs).values())
+        cells = [cell([value(run, LOSS) for run in good], 3)]
+        cells += [cell([score(run, column) for run in good]) for column in columns]
+        lines.append(_line([*_setting(key, names), _count(runs), *cells]))
+    lines += _difference_lines(found, names, columns)
+    return lines + _learned_lines(results, found, names, columns)
 
 
 def cell(values, digits=1, sign=False):
@@ -157,14 +131,14 @@ def _difference_lines(found, names, columns):
     if not pairs:
         return []
     text = ["Difference to epsilon 0 with the same seed, of seeds whose runs did not diverge: nats, points."]
-    together = _over_temperatures(pairs, {key[:3] for key in found})
+    together = over_temperatures(pairs, {key[:3] for key in found})
     if together:
         text += ["T all: the mean over T of each seed that has every T."]
     cells = sum(len(columns) for of_seeds in (pairs | together).values() if len(of_seeds) > 1)
     if cells:
         text += [f"If epsilon changed nothing, about {cells / 20:.1f} of these {cells} intervals of readouts "
                  "would leave out 0."]  # fmt: skip
-    head = _head([TITLES[name] for name in names] + ["seeds", LOSS, *columns])
+    head = _head([*names, "seeds", LOSS, *columns])
     every = pairs | together
     lines = [_line(_difference(key, every[key], names, (LOSS, *columns))) for key in every]
     return ["", *text, "", *head, *lines]
@@ -172,43 +146,12 @@ def _difference_lines(found, names, columns):
 
 def _learned_lines(results, found, names, columns):
     """The third table: what training with epsilon 0 changed, by seed."""
-    pairs = {}
-    for key, runs in found.items():
-        start = {run["seed"]: run for run in untrained(results, key[2])}
-        mine = {seed: (run, start[seed]) for seed, run in sound(runs).items() if seed in start}
-        if key[-1] == 0 and mine:
-            pairs[key] = {
-                seed: {c: score(run, c) - score(before, c) for c in columns}
-                for seed, (run, before) in mine.items()
-            }
+    pairs = learned(found, results, columns)
     if not pairs:
         return []
     text = "Difference of epsilon 0 to the untrained encoder of the same seed, from which it started: points."
-    head = _head([TITLES[name] for name in names] + ["seeds", *columns])
+    head = _head([*names, "seeds", *columns])
     return ["", text, "", *head, *(_line(_difference(key, pairs[key], names, columns)) for key in pairs)]
-
-
-def _over_temperatures(pairs, places):
-    """{row with T "all": {seed: differences}} of the seeds, if several, that have every T of `places`.
-
-    places: {(recipe, T, bits)}. Runs of one seed at several T start from the same weights and see the same
-    order, so they are one sample. Without the loss, which means something else at each T.
-    """
-    together = {}
-    for recipe, bits, epsilon in sorted({(recipe, bits, epsilon) for recipe, _, bits, epsilon in pairs}):
-        temperatures = [T for own, T, count in places if (own, count) == (recipe, bits)]
-        of_each = [pairs.get((recipe, T, bits, epsilon), {}) for T in temperatures]
-        seeds = sorted(set.intersection(*map(set, of_each)))
-        if len(of_each) > 1 and len(seeds) > 1:
-            means = {seed: _mean_of([mine[seed] for mine in of_each]) for seed in seeds}
-            together[recipe, "all", bits, epsilon] = means
-    return together
-
-
-def _mean_of(differences):
-    """Column by column, without the loss."""
-    columns = [name for name in differences[0] if name != LOSS]
-    return {name: sum(one[name] for one in differences) / len(differences) for name in columns}
 
 
 def _difference(key, of_seeds, names, columns):
@@ -219,17 +162,8 @@ def _difference(key, of_seeds, names, columns):
     return [*_setting(key, names), str(len(of_seeds)), *texts]
 
 
-def _value(run, column):
-    return run["losses"]["info_nce"] if column == LOSS else score(run, column)
-
-
 def _setting(key, names):
     return [v if isinstance(v, str) else number(v) for n, v in zip(SETTING, key, strict=True) if n in names]
-
-
-def number(value):
-    """All its digits, so that no two are the same, and 0 as 0.0 is."""
-    return repr(float(value)).removesuffix(".0")
 
 
 def _count(runs):

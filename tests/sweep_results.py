@@ -11,8 +11,8 @@ FACTORS = ("shape", "texture", "color")
 PLACES = list(itertools.product(TEMPERATURES, EPSILONS))
 
 
-def made(kind="trifeature", recipes=("crops", "v2"), bits=(0,), temperatures=TEMPERATURES):
-    """Results of a sweep, in the order of their end, which is any."""
+def made(kind="trifeature", recipes=("crops", "v2"), bits=(0,), temperatures=TEMPERATURES, shared=False):
+    """Results of a sweep, in the order of their end, which is any. shared: with a second reading, of bits."""
     rng = random.Random(0)
 
     def readout():
@@ -29,6 +29,9 @@ def made(kind="trifeature", recipes=("crops", "v2"), bits=(0,), temperatures=TEM
         found.append({"name": f"{recipe}_T{T}_eps{epsilon}_bits{b}_seed{s}", "trained": True, **place,
                       "readout": readout(), "losses": losses})  # fmt: skip
     rng.shuffle(found)
+    for result in found if shared else ():
+        if result["bits"]:
+            result["readout_shared_bits"] = readout()
     return [{"kind": kind, **result} for result in found]
 
 
@@ -36,6 +39,15 @@ def of(results, **place):
     """The runs of a setting by seed, as the tests find them."""
     mine = [r for r in results if all(r.get(name) == value for name, value in place.items())]
     return sorted(mine, key=lambda result: result["seed"])
+
+
+def second_reading(results):
+    """The results as they were with the second reading alone."""
+    return [
+        {k: v for k, v in result.items() if k != "readout_shared_bits"}
+        | {"readout": result.get("readout_shared_bits", result["readout"])}
+        for result in results
+    ]
 
 
 def scores(runs, factor):

@@ -83,8 +83,34 @@ def test_each_part_is_read_by_its_own_labels(combinations, monkeypatch):
     for factor in factors:
         readout = found["readout"][factor]
         assert (readout["accuracy"], readout["chance"], readout["converged"]) == (100, 10, True)
-    assert "losses" not in found and set(found["versions"]) > {"torch", "torchvision"}
+    assert not {"losses", "readout_shared_bits"} & found.keys() and set(found["versions"]) > {
+        "torch",
+        "torchvision",
+    }
     assert found["hardware"]["cpu"] and found["hardware"]["gpu"] is None
+
+
+class Hidden(Looks):
+    """The same with the values of each image moved on by as much as its bits say: 0 to 9."""
+
+    def forward(self, x):
+        moved = (x[:, 3:, 0, 0] * 2 ** torch.arange(x.shape[1] - 3)).sum(dim=1, keepdim=True)
+        numbers = ((levels(x[:, :3]) / STEP).round() + moved).long() % 10
+        return self.fc(F.one_hot(numbers, 10).flatten(1).float())
+
+
+def test_with_random_bits_a_second_reading_gives_all_images_those_of_one(combinations, monkeypatch):
+    monkeypatch.setattr(measure, "_model", lambda *_: Hidden())
+    real, seen = measure.features, []
+    monkeypatch.setattr(measure, "features", lambda *given: (seen.append(given[-1]), real(*given))[1])
+    found = measure.measure(combinations, ["shape", "color"], CPU, image_size=16, seed=4, random_bits=8)
+    first, second = found["readout"], found["readout_shared_bits"]
+    assert [second[factor]["accuracy"] for factor in second] == [100, 100] and second.keys() == first.keys()
+    assert max(first[factor]["accuracy"] for factor in first) < 60  # negative control: bits are in the way
+    own = [bits_of(4, part, range(count), 8) for part, count in ((TRAIN, 60), (HELD_OUT, 40))]
+    assert all(map(torch.equal, seen[:2], own))
+    assert [bits.shape for bits in seen[2:]] == [(60, 8), (40, 8)]
+    assert all(bool((bits == own[0][0]).all()) for bits in seen[2:])
 
 
 def test_a_class_is_read_of_folders_that_are_no_trifeature(folders, monkeypatch):
@@ -108,9 +134,9 @@ def test_features_are_in_the_order_of_the_images_over_batches_with_their_bits(tm
     assert plain.dtype == torch.float64 and plain.shape == (330, 3)
     assert levels(plain.float()[:, :, None, None]).round().int().tolist() == list(map(list, expected))
     for part in (TRAIN, HELD_OUT):
-        both = measure.features(encoder, images, 8, CPU, bits=5, seed=9, part=part)
-        assert torch.equal(both[:, :3], plain)
-        assert torch.equal(both[:, 3:], bits_of(9, part, range(330), 5).double())
+        bits = bits_of(9, part, range(330), 5)
+        both = measure.features(encoder, images, 8, CPU, bits)
+        assert torch.equal(both[:, :3], plain) and torch.equal(both[:, 3:], bits.double())
 
 
 def settings(**other):

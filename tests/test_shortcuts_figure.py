@@ -6,7 +6,18 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from sweep_results import EPSILONS, FACTORS, PLACES, TEMPERATURES, diverged, half, made, of, scores
+from sweep_results import (
+    EPSILONS,
+    FACTORS,
+    PLACES,
+    TEMPERATURES,
+    diverged,
+    half,
+    made,
+    of,
+    scores,
+    second_reading,
+)
 
 from moco.shortcuts_figure import draw, figure_of
 
@@ -104,6 +115,23 @@ def test_the_figure_holds_the_readouts_against_random_bits(tmp_path):
     draw("randbit", results, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG" and image.width == 1000
+
+
+def test_the_second_reading_of_encoders_with_bits_has_panels_of_its_own():
+    results = made("randbit", bits=(0, 3), temperatures=(0.2,), shared=True)
+    figure = figure_of("randbit", results)
+    panels = np.array(figure.axes).reshape(4, 5)
+    titles = [f"{recipe}, T 0.2{how}" for recipe in ("crops", "v2") for how in ("", "\nshared bits")]
+    assert [row[0].get_title() for row in panels] == titles
+    alone = figure_of("randbit", second_reading(results))
+    for own, only in zip(panels[1::2].flat, alone.axes, strict=True):
+        assert curves(own) == curves(only) and own.get_ylabel() == only.get_ylabel()
+    assert curves(panels[0][0]) != curves(panels[1][0])  # negative control
+    assert "read with those of one" in figure.get_supxlabel()
+    assert "read with those of one" not in alone.get_supxlabel()
+    trained = [{k: v for k, v in r.items() if k != "readout_shared_bits"} for r in results if r["trained"]]
+    these = [r for r in (*trained, *of(results, trained=False)) if r["bits"]]
+    assert len(figure_of("randbit", these).axes) == 2 * 5  # no trained run was read twice
 
 
 def test_of_one_number_of_bits_the_untrained_level_is_seen():

@@ -7,7 +7,18 @@ import sys
 import numpy as np
 import pytest
 from scipy import stats
-from sweep_results import EPSILONS, FACTORS, SEEDS, TEMPERATURES, diverged, half, made, of, scores
+from sweep_results import (
+    EPSILONS,
+    FACTORS,
+    SEEDS,
+    TEMPERATURES,
+    diverged,
+    half,
+    made,
+    of,
+    scores,
+    second_reading,
+)
 
 from moco.intervals import interval, t_quantile
 from moco.readout import WEIGHT_DECAYS
@@ -151,6 +162,24 @@ def test_runs_that_diverged_before_any_readout_have_a_table_too(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
 
 
+def test_both_readings_of_encoders_with_bits_are_shown():
+    results = made("randbit", recipes=("v2",), bits=(0, 3), temperatures=(0.2,), shared=True)
+    words = "images that all have the random bits of the first training image"
+    assert words not in table(made("randbit", bits=(0, 3)))
+    first, second = table(results).split(words)
+    own = [{k: v for k, v in result.items() if k != "readout_shared_bits"} for result in results]
+    assert cells(first) == cells(table(own)) and cells(second) == cells(table(second_reading(results)))
+    for one, two in zip(cells(first)[0], cells(second)[0], strict=True):
+        assert (one == two) == (one["bits"] != "3")  # chance, and runs without bits, are the same
+    alone = [result for result in results if result["bits"] == 3]
+    assert len(cells(table(alone).split(words)[1])[0]) == 2 + 3
+    old = [r if r["seed"] else {k: v for k, v in r.items() if k != "readout_shared_bits"} for r in results]
+    counts = {(row["bits"], row["seeds"]) for row in cells(table(old).split(words)[1])[0]}
+    assert counts == {("", ""), ("0", "3"), ("3", "2")}  # what has no second reading has no place in it
+    wild = table(diverged(results, bits=3, epsilon=0.5)).split(words)[1]
+    assert cells(wild)[0][-1]["seeds"] == "0, 3 diverged"
+
+
 def test_of_one_factor_there_is_no_worst():
     results = [r | {"readout": {"class": r["readout"]["shape"]}} for r in made()]
     plain, differences, _ = cells(table(results))
@@ -186,6 +215,8 @@ def test_the_table_says_how_many_readouts_chose_the_end_of_the_grid():
         result["readout"]["texture"]["weight_decay"] = min(WEIGHT_DECAYS)
     of_all = f"shape 0 of {len(results)}, texture 4 of {len(results)}, color 0 of {len(results)}"
     assert f"the least weight decay there is, {min(WEIGHT_DECAYS):g}: {of_all}\n" in table(results)
+    results[2]["readout_shared_bits"] = {**results[2]["readout"]}
+    assert "shape with shared bits 0 of 1, texture with shared bits 1 of 1, color" in table(results)
     results[7]["readout"]["color"]["weight_decay"] = max(WEIGHT_DECAYS)
     assert f"the greatest weight decay there is, {max(WEIGHT_DECAYS):g}: shape 0 of" in table(results)
 
@@ -209,6 +240,10 @@ def test_readouts_that_did_not_converge_are_named():
     results = made()
     assert "not converge" not in table(results)
     results[5]["readout"]["shape"]["converged"] = False
+    assert f"Readouts of these did not converge: {results[5]['name']}\n" in table(results)
+    results = made("randbit", bits=(3,), shared=True)
+    assert "not converge" not in table(results)
+    results[5]["readout_shared_bits"]["shape"]["converged"] = False
     assert f"Readouts of these did not converge: {results[5]['name']}\n" in table(results)
 
 
