@@ -26,6 +26,7 @@ from moco.shortcuts_results import (
 )
 
 TABLE, FIGURE = "table.md", "figure.png"
+SECOND = "The same encoders read from images that all have the random bits of the first training image:"
 
 
 def write_report(out, kind, results):
@@ -74,7 +75,7 @@ def table(results):
     if shared:
         lines += [
             "",
-            "The same encoders read from images that all have the random bits of the first training image:",
+            SECOND,
             "what is kept of the pictures where bits do not tell images apart.",
             "",
             *_tables(shared),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moco.shortcuts_report import table
+from moco.shortcuts_report import SECOND, table
 from moco.sweep import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,12 +19,22 @@ def test_tables_are_those_of_the_runs(folder):
 
 
 def test_the_readme_shows_what_was_measured():
+    measured = {}
+    for folder in SWEEPS:
+        first, _, second = (folder / "table.md").read_text().partition(SECOND)
+        measured |= {folder.name: rows(first), f"{folder.name}, shared bits": rows(second)}
+    measured = {name: found for name, found in measured.items() if found}
+    whole = measured.pop("trifeature")
     _, section = (ROOT / "README.md").read_text().split("\n## Does it work?\n")
-    quoted = {line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")}
-    measured = {folder.name: set(tables(folder / "table.md")) for folder in SWEEPS}
-    assert measured["trifeature"] <= quoted and len(measured["trifeature"]) > 40  # none is left out
-    assert quoted <= set.union(*measured.values())
+    quoted = rows(section.split("\n## ")[0])
+    assert set(whole) <= set(quoted) and len(whole) > 40  # none is left out
+
+    others = [row for row in quoted if row not in whole and not row.startswith("| runs |")]
+    named = [row.removeprefix("| ").split(" | ", 1) for row in others]  # each begins with its sweep's name
+    assert {name for name, _ in named} == measured.keys()
+    assert [row for row in named if f"| {row[1]}" not in measured[row[0]]] == []
 
 
-def tables(path):
-    return [line for line in path.read_text().splitlines() if line.startswith("|")]
+def rows(text):
+    """The lines of all tables, without those under a head."""
+    return [line for line in text.splitlines() if line.startswith("|") and not line.startswith("| ---")]

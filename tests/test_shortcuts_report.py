@@ -22,7 +22,7 @@ from sweep_results import (
 
 from moco.intervals import interval, t_quantile
 from moco.readout import WEIGHT_DECAYS
-from moco.shortcuts_report import table, write_report
+from moco.shortcuts_report import SECOND, table, write_report
 
 
 @pytest.mark.parametrize("degrees", [*range(1, 13), 29, 100])
@@ -164,19 +164,18 @@ def test_runs_that_diverged_before_any_readout_have_a_table_too(tmp_path):
 
 def test_both_readings_of_encoders_with_bits_are_shown():
     results = made("randbit", recipes=("v2",), bits=(0, 3), temperatures=(0.2,), shared=True)
-    words = "images that all have the random bits of the first training image"
-    assert words not in table(made("randbit", bits=(0, 3)))
-    first, second = table(results).split(words)
+    assert SECOND not in table(made("randbit", bits=(0, 3)))
+    first, second = table(results).split(SECOND)
     own = [{k: v for k, v in result.items() if k != "readout_shared_bits"} for result in results]
     assert cells(first) == cells(table(own)) and cells(second) == cells(table(second_reading(results)))
     for one, two in zip(cells(first)[0], cells(second)[0], strict=True):
         assert (one == two) == (one["bits"] != "3")  # chance, and runs without bits, are the same
     alone = [result for result in results if result["bits"] == 3]
-    assert len(cells(table(alone).split(words)[1])[0]) == 2 + 3
+    assert len(cells(table(alone).split(SECOND)[1])[0]) == 2 + 3
     old = [r if r["seed"] else {k: v for k, v in r.items() if k != "readout_shared_bits"} for r in results]
-    counts = {(row["bits"], row["seeds"]) for row in cells(table(old).split(words)[1])[0]}
+    counts = {(row["bits"], row["seeds"]) for row in cells(table(old).split(SECOND)[1])[0]}
     assert counts == {("", ""), ("0", "3"), ("3", "2")}  # what has no second reading has no place in it
-    wild = table(diverged(results, bits=3, epsilon=0.5)).split(words)[1]
+    wild = table(diverged(results, bits=3, epsilon=0.5)).split(SECOND)[1]
     assert cells(wild)[0][-1]["seeds"] == "0, 3 diverged"
 
 
