@@ -14,9 +14,9 @@ from pathlib import Path
 from moco import trifeature
 from moco.errors import UserError, run_program
 from moco.files import atomic_file
-from moco.shortcuts_results import SHARED
 from moco.sweep import DIVERGED
 
+SHARED = "readout_shared_bits"  # the second reading of an encoder with random bits
 AS_FOLDERS = "class"  # the readout of a data set that is no Trifeature
 
 
@@ -28,9 +28,8 @@ def factors_of(folder):
 def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     """A dict of the `readout` of each factor (moco.readout.Readout's fields) and, of a checkpoint, `losses`.
 
-    Of an encoder with random bits it is read a second time, where all images have the bits of the first of
-    the training part (`readout_shared_bits`), one of the patterns it was trained with: bits that differ hide
-    pictures also from an encoder that keeps what they show.
+    An encoder with random bits is read twice: with each image's own, and with those of the first training
+    image for all (SHARED), since bits that differ between images are noise to a linear classifier.
 
     checkpoint: what read_checkpoint gave for `path`, of main_moco.py in one process; without one the encoder
     is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
@@ -234,7 +233,7 @@ def main():
     found = measure(
         args.data, args.factors or factors_of(args.data), device, checkpoint, args.pretrained, **untrained
     )
-    named = found["readout"] | {f"{k}, bits shared": v for k, v in found.get(SHARED, {}).items()}
+    named = found["readout"] | {f"{k} (shared bits)": v for k, v in found.get(SHARED, {}).items()}
     for name, readout in named.items():
         note = "" if readout["converged"] else "; NOT converged"
         print(f"{name}: {readout['accuracy']:.2f} % (chance {readout['chance']:.2f}), weight decay "

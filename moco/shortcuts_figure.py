@@ -4,7 +4,8 @@ import math
 
 from moco.errors import UserError
 from moco.intervals import interval
-from moco.shortcuts_results import GAIN, WORST, number, readings
+from moco.shortcuts_readings import GAIN, readings
+from moco.shortcuts_results import WORST, number
 
 MARKERS = "os^Dv<>P"
 STYLES = ("-", "--", "-.", ":")

@@ -1,21 +1,25 @@
 """Sentences under the table of a sweep: on runs that diverged, readouts at an end, runs made otherwise."""
 
-from moco.shortcuts_results import SHARED
+from moco.measure import SHARED
+from moco.shortcuts_results import with_shared_bits, without_second_reading
 
 
 def remarks(results):
     """What a reader of the numbers must know of single runs, a sentence each."""
     yield from (f"{run['name']} diverged: {run['reason']}" for run in results if run.get("diverged"))
-    unsure = [r["name"] for r in results if not all(x["converged"] for x in _readouts(r).values())]
-    if unsure:
-        yield f"Readouts of these did not converge: {', '.join(unsure)}"
+    unsure = {r["name"]: [n for n, found in _readouts(r).items() if not found["converged"]] for r in results}
+    if any(unsure.values()):
+        each = "; ".join(f"{name}: {', '.join(factors)}" for name, factors in unsure.items() if factors)
+        yield f"Readouts that did not converge: {each}"
+    if with_shared_bits(results) and (names := without_second_reading(results)):
+        yield f"These were not read with the same bits for all images: {', '.join(names)}"
     yield from _on_weight_decays(results)
     yield from _on_differences_in_making(results)
 
 
 def _readouts(result):
     """Both readings of a run, by name."""
-    second = {f"{factor} with shared bits": found for factor, found in result.get(SHARED, {}).items()}
+    second = {f"{factor} (shared bits)": found for factor, found in result.get(SHARED, {}).items()}
     return result.get("readout", {}) | second
 
 

@@ -135,9 +135,10 @@ def _difference_lines(found, names, columns):
     together = over_temperatures(pairs, {key[:3] for key in found})
     if together:
         text += ["T all: the mean over T of each seed that has every T."]
-    cells = sum(len(columns) for of_seeds in (pairs | together).values() if len(of_seeds) > 1)
+    factors = [column for column in columns if column != WORST]  # WORST is one of them again
+    cells = sum(len(factors) for of_seeds in (pairs | together).values() if len(of_seeds) > 1)
     if cells:
-        text += [f"If epsilon changed nothing, about {cells / 20:.1f} of these {cells} intervals of readouts "
+        text += [f"If epsilon changed nothing, about {cells / 20:.1f} of these {cells} intervals of factors "
                  "would leave out 0."]  # fmt: skip
     head = _head([*names, "seeds", LOSS, *columns])
     every = pairs | together

@@ -2,11 +2,11 @@
 
 import math
 
+from moco.measure import SHARED
+
 WORST = "worst"  # the factor that a run reads worst
 LOSS = "InfoNCE"
-GAIN = "gain"  # of the last column over epsilon 0, paired by seed
 SETTING = ("recipe", "T", "bits", "epsilon")  # what runs of one row share; seeds differ
-SHARED = "readout_shared_bits"  # the second reading of encoders with random bits
 
 
 def factors_in(results):
@@ -28,14 +28,23 @@ def score(result, factor):
 
 
 def with_shared_bits(results):
-    """The same runs with the second reading for the first; none where no run with bits has it.
+    """The same runs with the second reading in place of the first; none where no trained run has it.
 
-    Runs without bits have one reading, which is both; runs with bits that have not the second are left out.
+    Runs without bits have one reading, which is both; runs `without_second_reading` are left out.
     """
-    if not any(SHARED in result for result in results):
+    if not any(SHARED in result for result in results if result["trained"]):
         return []
-    return [r | {"readout": r.get(SHARED, r.get("readout"))} if "readout" in r else r
-            for r in results if SHARED in r or not r["bits"] or r.get("diverged")]  # fmt: skip
+    left_out = without_second_reading(results)
+    return [
+        result | {"readout": result[SHARED]} if SHARED in result else result
+        for result in results
+        if result["name"] not in left_out
+    ]
+
+
+def without_second_reading(results):
+    """Names of runs with bits that were read in one way alone, as sweeps of older code."""
+    return [r["name"] for r in results if r["bits"] and "readout" in r and SHARED not in r]
 
 
 def rows(results):
@@ -122,57 +131,3 @@ def value(run, column):
 def number(value):
     """All its digits, so that no two are the same, and 0 as 0.0 is."""
     return repr(float(value)).removesuffix(".0")
-
-
-def readings(results):
-    """A Reading for each way in which the encoders were read."""
-    found = [Reading(results)]
-    second = with_shared_bits(results)
-    if rows(second):
-        found.append(Reading(second, "shared bits", found[0].shown))
-    return found
-
-
-class Reading:
-    """What there is to draw of one way of reading.
-
-    runs: {(recipe, T, bits, epsilon): {seed: run}} of sound ones; columns: the factors and the worst of
-    several; shown: these, and the gain of the last if there is one; recipes, temperatures, bits, epsilons,
-    places (recipe, T): all that were tried, in order; tried, diverged: numbers of runs; how: the reading.
-    """
-
-    def __init__(self, results, how=None, shown=None):
-        self.how = how
-        found = rows(results)
-        self.runs = {key: sound(runs) for key, runs in found.items()}
-        self.tried, sound_ones = (sum(map(len, each.values())) for each in (found, self.runs))
-        self.diverged = self.tried - sound_ones
-        self.columns = columns_of(results)
-        self.differences = differences(found, self.columns[-1:])
-        self.untrained, self.chance = untrained(results), loss_at_chance(results)
-        self.shown = shown or [*self.columns, *([GAIN] if self.differences else [])]
-        self.places = list(dict.fromkeys(key[:2] for key in self.runs))
-        self.recipes, self.temperatures, self.bits, self.epsilons = map(_once, zip(*self.runs, strict=True))
-
-    def label(self, what):
-        return f"gain of {self.columns[-1]}" if what == GAIN else f"{what}, %"
-
-    def values(self, key, what):
-        """Of each run of a setting, what a panel shows; none for the gain of epsilon 0."""
-        if what == GAIN:
-            return [found[self.columns[-1]] for found in self.differences.get(key, {}).values()]
-        return [score(run, what) for run in self.runs[key].values()]
-
-    def losses(self, key, what):
-        """InfoNCE of the same runs."""
-        seeds = self.differences.get(key, {}) if what == GAIN else self.runs[key]
-        return [self.runs[key][seed]["losses"]["info_nce"] for seed in seeds]
-
-    def levels(self, what, bits=None):
-        """The same of untrained encoders."""
-        chosen = [run for run in self.untrained if bits is None or run["bits"] == bits]
-        return [0.0] if what == GAIN else [score(run, what) for run in chosen]
-
-
-def _once(values):
-    return sorted(set(values))

@@ -21,6 +21,7 @@ from sweep_results import (
 )
 
 from moco.intervals import interval, t_quantile
+from moco.measure import SHARED
 from moco.readout import WEIGHT_DECAYS
 from moco.shortcuts_report import SECOND, table, write_report
 
@@ -115,7 +116,7 @@ def test_the_table_holds_differences_over_all_temperatures_where_there_are_sever
             assert row[column] == f"{np.mean(values):+.1f} ± {half(values):.1f}"
         assert row["seeds"] == str(len(seeds)) and row["InfoNCE"] == ""
     assert "T all: the mean over T of each seed that has every T" in text
-    assert "about 2.4 of these 48 intervals of readouts would leave out 0" in text  # 12 rows of 4
+    assert "about 1.8 of these 36 intervals of factors would leave out 0" in text  # 12 rows of 3
     for fewer, left in (({"T": 0.2}, set()), ({"recipe": "crops", "T": 0.07}, {"v2"})):
         these = [r for r in results if any(r.get(name) != value for name, value in fewer.items())]
         assert {row["recipe"] for row in cells(table(these))[1] if row["T"] == "all"} == left
@@ -166,15 +167,20 @@ def test_both_readings_of_encoders_with_bits_are_shown():
     results = made("randbit", recipes=("v2",), bits=(0, 3), temperatures=(0.2,), shared=True)
     assert SECOND not in table(made("randbit", bits=(0, 3)))
     first, second = table(results).split(SECOND)
-    own = [{k: v for k, v in result.items() if k != "readout_shared_bits"} for result in results]
+    own = [{k: v for k, v in result.items() if k != SHARED} for result in results]
     assert cells(first) == cells(table(own)) and cells(second) == cells(table(second_reading(results)))
     for one, two in zip(cells(first)[0], cells(second)[0], strict=True):
         assert (one == two) == (one["bits"] != "3")  # chance, and runs without bits, are the same
     alone = [result for result in results if result["bits"] == 3]
     assert len(cells(table(alone).split(SECOND)[1])[0]) == 2 + 3
-    old = [r if r["seed"] else {k: v for k, v in r.items() if k != "readout_shared_bits"} for r in results]
+    assert "were not read with the same bits" not in table(results) + table(made("randbit", bits=(0, 3)))
+    old = [r if r["seed"] else {k: v for k, v in r.items() if k != SHARED} for r in results]
     counts = {(row["bits"], row["seeds"]) for row in cells(table(old).split(SECOND)[1])[0]}
     assert counts == {("", ""), ("0", "3"), ("3", "2")}  # what has no second reading has no place in it
+    names = ", ".join(r["name"] for r in old if r["bits"] and r["seed"] == 0)
+    assert f"These were not read with the same bits for all images: {names}\n" in table(old)
+    only = [r if not r["trained"] else {k: v for k, v in r.items() if k != SHARED} for r in results]
+    assert SECOND not in table(only) and "same bits for all" not in table(only)  # no trained run has it
     wild = table(diverged(results, bits=3, epsilon=0.5)).split(SECOND)[1]
     assert cells(wild)[0][-1]["seeds"] == "0, 3 diverged"
 
@@ -214,8 +220,8 @@ def test_the_table_says_how_many_readouts_chose_the_end_of_the_grid():
         result["readout"]["texture"]["weight_decay"] = min(WEIGHT_DECAYS)
     of_all = f"shape 0 of {len(results)}, texture 4 of {len(results)}, color 0 of {len(results)}"
     assert f"the least weight decay there is, {min(WEIGHT_DECAYS):g}: {of_all}\n" in table(results)
-    results[2]["readout_shared_bits"] = {**results[2]["readout"]}
-    assert "shape with shared bits 0 of 1, texture with shared bits 1 of 1, color" in table(results)
+    results[2][SHARED] = {**results[2]["readout"]}
+    assert "shape (shared bits) 0 of 1, texture (shared bits) 1 of 1, color" in table(results)
     results[7]["readout"]["color"]["weight_decay"] = max(WEIGHT_DECAYS)
     assert f"the greatest weight decay there is, {max(WEIGHT_DECAYS):g}: shape 0 of" in table(results)
 
@@ -239,11 +245,13 @@ def test_readouts_that_did_not_converge_are_named():
     results = made()
     assert "not converge" not in table(results)
     results[5]["readout"]["shape"]["converged"] = False
-    assert f"Readouts of these did not converge: {results[5]['name']}\n" in table(results)
+    assert f"Readouts that did not converge: {results[5]['name']}: shape\n" in table(results)
+    results[6]["readout"]["shape"]["converged"] = results[6]["readout"]["color"]["converged"] = False
+    assert f"{results[5]['name']}: shape; {results[6]['name']}: shape, color\n" in table(results)
     results = made("randbit", bits=(3,), shared=True)
     assert "not converge" not in table(results)
-    results[5]["readout_shared_bits"]["shape"]["converged"] = False
-    assert f"Readouts of these did not converge: {results[5]['name']}\n" in table(results)
+    results[5][SHARED]["shape"]["converged"] = False
+    assert f"Readouts that did not converge: {results[5]['name']}: shape (shared bits)\n" in table(results)
 
 
 def test_without_matplotlib_there_is_a_table_and_its_pip_line(tmp_path, monkeypatch):
