@@ -22,7 +22,6 @@ from sweep_results import (
 
 from moco.intervals import interval, t_quantile
 from moco.measure import SHARED
-from moco.readout import WEIGHT_DECAYS
 from moco.shortcuts_report import SECOND, table, write_report
 
 
@@ -208,50 +207,6 @@ def test_the_row_of_chance_holds_the_loss_of_telling_nothing_apart():
     results = [result | {"moco_k": 1024} for result in made()]
     assert cells(table(results))[0][0]["InfoNCE"] == f"{np.log(1025):.3f}"
     assert cells(table(made()))[0][0]["InfoNCE"] == ""
-
-
-def test_the_table_says_how_many_readouts_chose_the_end_of_the_grid():
-    results = [result | {"weight_decays": list(WEIGHT_DECAYS)} for result in made()]
-    for result in results:
-        for readout in result["readout"].values():
-            readout["weight_decay"] = 0.1
-    assert "weight decay" not in table(results)
-    for result in results[:4]:
-        result["readout"]["texture"]["weight_decay"] = min(WEIGHT_DECAYS)
-    of_all = f"shape 0 of {len(results)}, texture 4 of {len(results)}, color 0 of {len(results)}"
-    assert f"the least weight decay there is, {min(WEIGHT_DECAYS):g}: {of_all}\n" in table(results)
-    results[2][SHARED] = {**results[2]["readout"]}
-    assert "shape (shared bits) 0 of 1, texture (shared bits) 1 of 1, color" in table(results)
-    results[7]["readout"]["color"]["weight_decay"] = max(WEIGHT_DECAYS)
-    assert f"the greatest weight decay there is, {max(WEIGHT_DECAYS):g}: shape 0 of" in table(results)
-
-
-def test_runs_of_other_code_or_packages_are_told():
-    results = [result | {"code": "aaa", "versions": {"torch": "2.11", "numpy": "2"}} for result in made()]
-    assert "made by the same" not in table(results) and "made by the same" not in table(made())
-    results[0] |= {"code": "bbb"}
-    results[1] |= {"versions": {"torch": "2.14", "numpy": "2"}}
-    text, others = table(results), len(results) - 1
-    assert f"Not all runs were made by the same code: bbb (runs: 1), aaa (runs: {others})\n" in text
-    assert f"the same torch: 2.11 (runs: {others}), 2.14 (runs: 1)\n" in text and "same numpy" not in text
-    results[2] |= {"hardware": {"cpu": "one", "gpu": None}}
-    results[3] |= {"hardware": {"cpu": "other", "gpu": None}}
-    assert "the same cpu: one (runs: 1), other (runs: 1)\n" in table(results) and "gpu" not in table(results)
-    del results[0]["code"]  # an older one
-    assert f"the same code: unknown (runs: 1), aaa (runs: {others})\n" in table(results)
-
-
-def test_readouts_that_did_not_converge_are_named():
-    results = made()
-    assert "not converge" not in table(results)
-    results[5]["readout"]["shape"]["converged"] = False
-    assert f"Readouts that did not converge: {results[5]['name']}: shape\n" in table(results)
-    results[6]["readout"]["shape"]["converged"] = results[6]["readout"]["color"]["converged"] = False
-    assert f"{results[5]['name']}: shape; {results[6]['name']}: shape, color\n" in table(results)
-    results = made("randbit", bits=(3,), shared=True)
-    assert "not converge" not in table(results)
-    results[5][SHARED]["shape"]["converged"] = False
-    assert f"Readouts that did not converge: {results[5]['name']}: shape (shared bits)\n" in table(results)
 
 
 def test_without_matplotlib_there_is_a_table_and_its_pip_line(tmp_path, monkeypatch):
