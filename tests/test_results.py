@@ -1,11 +1,13 @@
 """The results that the README speaks of: its tables are those of the runs in .results/."""
 
 import itertools
+import statistics
 from pathlib import Path
 
 import pytest
 
-from moco.shortcuts_report import SECOND, table
+from moco.intervals import interval
+from moco.shortcuts_report import SECOND, cell, table
 from moco.sweep import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,35 @@ def test_the_readme_shows_what_was_measured():
             needed = measured[name][0 if name == "trifeature" else 1 :]
             assert [one for one in flat(needed) if one not in found] == []
     assert len(shown["trifeature"]) == 40
+
+
+def test_the_readme_says_of_texture_and_cost_what_pairs_of_runs_give():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    names = ("trifeature", "more_seeds")
+    main, more = ({r["name"]: r for r in read_results(ROOT / ".results" / name)} for name in names)
+
+    def change(runs, place, epsilon, seed):
+        pair = (runs[f"{place}_eps{value}_seed{seed}"] for value in (epsilon, "0"))
+        one, plain = (run["readout"]["texture"]["accuracy"] for run in pair)
+        return one - plain
+
+    cells = list(itertools.product(("0.07", "0.2"), ("0.1", "0.2", "0.5")))
+    for recipe, words in (("crops", "pairs of runs it is read lower, by"), ("v2", "by")):
+        changes = [[change(main, f"{recipe}_T{T}", e, seed) for T, e in cells] for seed in range(3)]
+        lower = sum(value < 0 for of_seed in changes for value in of_seed)
+        mean, half = interval(list(map(statistics.fmean, changes)))
+        comma = "," if recipe == "v2" else ""
+        assert f"in {lower} of 18{comma} {words} {-mean:.1f} ± {half:.1f}" in text
+    seven = [change(main if seed < 3 else more, "crops_T0.2", "0.1", seed) for seed in range(7)]
+    assert f"all seven seeds, {cell(seven)}, exclude" in text
+    ratios = [
+        main[name.replace(f"_eps{run['epsilon']}_", "_eps0_")]["seconds"]["pretrain"]
+        / run["seconds"]["pretrain"]
+        for name, run in main.items()
+        if run.get("epsilon")
+    ]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    assert f"at {middle:.3f} times ({low:.3f} and {high:.3f}, {len(ratios)} pairs" in text
 
 
 def tables(text):
