@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from moco.errors import UserError
 from moco.files import atomic_file
@@ -138,8 +139,7 @@ def run_jobs(out, jobs, side_by_side, environment, lock, signals, keep=False):
 
 
 def _run(out, waiting, active, side_by_side, environment, lock, signals, keep):
-    failures, total, start = [], len(waiting), time.monotonic()
-    told = False
+    failures, done, told = [], [], False
     while waiting or active:
         if signals.name and not told:
             told = True
@@ -157,14 +157,27 @@ def _run(out, waiting, active, side_by_side, environment, lock, signals, keep):
                 print(failure, flush=True)
             if ended:
                 active.remove(job)
-                left = len(waiting) + len(active)
                 if job.outcome:
-                    seconds = (time.monotonic() - start) / (total - left) * left
-                    rest = "" if told else f"; {left} left, about {duration(seconds)}"
+                    done.append(job)
+                    rest = "" if told else f"; {_rest(done, active + waiting, side_by_side)}"
                     print(f"{job.name}: {job.outcome}{rest}", flush=True)
             else:
                 _begin(job, environment, lock)
     return failures
+
+
+def _rest(done, left, side_by_side):
+    """How many Jobs are `left` and, once one as long as each of them is `done`, how long they will take."""
+    now = time.monotonic()
+    took = {trained: [] for trained in (False, True)}  # an untrained encoder is but measured
+    for job in done:
+        took[job.run["trained"]].append(sum(job.seconds.values()))
+    if not left or not all(took[job.run["trained"]] for job in left):
+        return f"{len(left)} left"
+    means = [fmean(took[job.run["trained"]]) for job in left]
+    spent = [sum(job.seconds.values()) + (now - job.began if job.process else 0) for job in left]
+    seconds = sum(max(mean - gone, 0) for mean, gone in zip(means, spent, strict=True)) / side_by_side
+    return f"{len(left)} left, about {duration(seconds)}"
 
 
 def _begin(job, environment, lock):
