@@ -17,6 +17,7 @@ CHOOSING = 5  # one group in so many of the training part is held back to choose
 TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: with these biases no weights
 # give an objective lower by more than TOLERANCE^2 / (2 * weight decay), 5e-7 or less
 MOST_STEPS = 3000
+LOOK_EVERY = 10  # steps between two looks at that gradient; L-BFGS itself sees that of whitened features
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,15 @@ class _Whitened:
             loss.backward()
             return loss
 
-        for digits in range(1, 6):  # it stops by the largest entry with respect to V, we by the length to W
-            left = MOST_STEPS - steps
-            group.update(tolerance_grad=TOLERANCE / 10**digits, max_iter=left, max_eval=2 * left)
+        gradient = float("inf")
+        while gradient > TOLERANCE and steps < MOST_STEPS:
+            count = min(LOOK_EVERY, MOST_STEPS - steps)
+            group.update(tolerance_grad=0, max_iter=count, max_eval=20 * count)
             optimizer.step(objective)
             objective()
             turned = (V.grad / scale).flatten()  # with respect to W, in turned axes, which keep lengths
             gradient = float(torch.cat([turned, bias.grad]).norm())
             steps = optimizer.state[V]["n_iter"]
-            if gradient <= TOLERANCE or steps >= MOST_STEPS:
-                break
         weight = (V.detach() * scale) @ self.axes.T
         return Fit(weight, bias.detach() - weight @ self.mean, steps, gradient)
 

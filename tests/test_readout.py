@@ -63,6 +63,18 @@ def test_few_samples_of_features_that_go_together_converge():
         assert all(own.converged for own in fits) and max(own.iterations for own in fits) < 300
 
 
+def test_a_fit_goes_no_further_than_it_must(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(200) % 4
+    means, mixed, noise = (torch.randn(n, 40, generator=generator).double() for n in (4, 40, 200))
+    faint = torch.logspace(0, -3, 40, dtype=torch.float64)  # along these L-BFGS sees what W does not feel
+    features, _ = standardised(means[targets] + 0.5 * (noise * faint) @ mixed, means)
+    own = fit(features, targets, 4, 1e-4)
+    monkeypatch.setattr(readout, "MOST_STEPS", own.iterations - readout.LOOK_EVERY)
+    before = fit(features, targets, 4, 1e-4)
+    assert own.converged and not before.converged and before.iterations == own.iterations - readout.LOOK_EVERY
+
+
 def test_a_readout_that_was_cut_off_says_so(monkeypatch):
     features, targets = blobs()
     given = features, targets, torch.arange(300), features, targets, 4
