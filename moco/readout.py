@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from moco.errors import UserError
 
 WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # the first that reads best is taken; weaker ones need
-# thousands of steps; how many runs took the last is said under a sweep's table
+# a thousand steps and more; how many runs took the last is said under a sweep's table
 CHOOSING = 5  # one group in so many of the training part is held back to choose by
 TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: with these biases no weights
 # give an objective lower by more than TOLERANCE^2 / (2 * weight decay), 5e-7 or less
