@@ -48,8 +48,8 @@ def main():
         done = {result["name"] for result in read_results(args.out)}
         print(*notes, sep="\n", end="\n" if notes else "", flush=True)
         if not given:
-            _draw(data, 2 * args.image_size, args.renders)
-        factors = args.factors or factors_of(data)
+            _draw(data, 2 * args.image_size, args.renders, args.hide)
+        factors = args.factors or _known_factors(args, data)
         jobs = [job for job in (_job(args, run, data, factors, settings) for run in runs)
                 if job.name not in done]  # fmt: skip
         most = MOST_ON_GPU if args.device == "cuda" else len(runs)
@@ -85,12 +85,20 @@ def _runs(args):
     return runs
 
 
+def _known_factors(args, data):
+    """All that can be read of the images."""
+    if getattr(args, "data", None) is not None:
+        return factors_of(data)
+    trifeature.check_hidden(args.hide)
+    return [factor for factor in trifeature.FACTORS if factor != args.hide]
+
+
 def _images_of(args, data):
     """The number of training images. Leaves `args.factors` None where it names all that there are."""
     from moco.data import labelled_folders
 
     given = getattr(args, "data", None) is not None
-    known = factors_of(data) if given else list(trifeature.FACTORS)
+    known = _known_factors(args, data)
     for factor in args.factors or ():
         if factor not in known:
             raise UserError(f"there is no factor {factor!r} to read; choose of {', '.join(known)}")
@@ -141,10 +149,10 @@ def _check_runs(args, runs, data, images):
     return told
 
 
-def _draw(data, size, renders):
+def _draw(data, size, renders, hide=None):
     """Draw Trifeature into the folder `data`, or check that it was drawn so. UserError."""
-    settings = {"version": trifeature.VERSION, "size": size, "renders": renders, "seed": 0}
-    trifeature.ensure(data, size, renders)
+    settings = trifeature.settings_of(size, renders, hide=hide)
+    trifeature.ensure(data, size, renders, hide=hide)
     try:
         before = json.loads((data / trifeature.SETTINGS).read_text())
     except (OSError, ValueError) as error:

@@ -60,6 +60,7 @@ def _add_fixed(parser, kind):
     add("--alpha", type=float, metavar="A", help=f"weight of ifm's perturbed loss (default: {ALPHA})")
     add("--renders", type=int, metavar="N",
         help=f"images of each of Trifeature's combinations (default: {RENDERS})")  # fmt: skip
+    add("--hide", metavar="NAME", help="a factor of Trifeature of which all images have the same value")
     if kind == "randbit":
         add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT)")
     add("--factors", nargs="*", metavar="NAME",
@@ -105,6 +106,8 @@ def check_lists(args):
         raise UserError(f"--alpha has no effect with --method {args.method}; leave one of them out")
     if getattr(args, "data", None) is None:
         args.renders = args.renders or RENDERS
+    elif args.hide is not None:
+        raise UserError("--hide draws Trifeature, and --data takes other images; leave one of them out")
     elif args.renders is not None:
         raise UserError("--renders draws Trifeature, and --data takes other images; leave one of them out")
 

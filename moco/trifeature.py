@@ -71,15 +71,17 @@ def held_out(seed):
     }
 
 
-def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, force=False):
+def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, force=False, hide=None):
     """Draw the data set into the folder `out`, which appears when it is complete.
 
     Each image depends on (size, seed, combination, render number) alone, not on the number of processes,
-    `workers` (default: one per core). `force` replaces an earlier Trifeature set. UserError for settings out
-    of range, an `out` that exists, or one that cannot be written.
+    `workers` (default: one per core). `force` replaces an earlier Trifeature set. Of the factor `hide` all
+    images have the first value, whatever their folders say; all else is drawn as without it. UserError for
+    settings out of range, an `out` that exists, or one that cannot be written.
     """
     workers = available_cores() if workers is None else workers
     _check_settings(size, seed, renders, workers)
+    check_hidden(hide)
     out = Path(out).resolve()
     try:
         _check_free(out, force)
@@ -87,14 +89,26 @@ def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, for
             total = renders * len(COMBINATIONS)
             stream = None if progress else io.StringIO()
             with Progress("drawing Trifeature", total, "images", stream=stream) as bar:
-                _draw_in_processes(folder, size, renders, seed, min(workers, len(COMBINATIONS)), bar)
-            settings = {"version": VERSION, "size": size, "renders": renders, "seed": seed}
-            (folder / SETTINGS).write_text(json.dumps(settings) + "\n")
+                workers = min(workers, len(COMBINATIONS))
+                _draw_in_processes(folder, size, renders, seed, workers, bar, hide)
+            (folder / SETTINGS).write_text(json.dumps(settings_of(size, renders, seed, hide)) + "\n")
     except OSError as error:
         raise _unwritable(out, error) from error
 
 
-def ensure(out, size=128, renders=10, seed=0, progress=True):
+def check_hidden(factor):
+    """Raise UserError if --hide is neither None nor a factor."""
+    if factor not in (None, *FACTORS):
+        raise UserError(f"--hide {factor}: there is no such factor; choose one of {', '.join(FACTORS)}")
+
+
+def settings_of(size, renders, seed=0, hide=None):
+    """What SETTINGS holds of a set that was drawn so."""
+    settings = {"version": VERSION, "size": size, "renders": renders, "seed": seed}
+    return settings | ({"hide": hide} if hide else {})
+
+
+def ensure(out, size=128, renders=10, seed=0, progress=True, hide=None):
     """Draw the data set unless `out` holds a train/ already; True if it was drawn. Errors as in `generate`.
 
     Safe in several processes at once: each draws in a folder of its own, the first to finish gives it the
@@ -104,7 +118,7 @@ def ensure(out, size=128, renders=10, seed=0, progress=True):
     if there.is_dir():
         return False
     try:
-        generate(out, size, renders, seed, progress=progress)
+        generate(out, size, renders, seed, progress=progress, hide=hide)
     except UserError:
         if there.is_dir():
             return False
@@ -138,7 +152,7 @@ def _unwritable(path, error):
     return UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another place")
 
 
-def _draw_in_processes(folder, size, renders, seed, workers, bar):
+def _draw_in_processes(folder, size, renders, seed, workers, bar, hide):
     """Draw everything in `workers` processes, and count what they finish in `bar`.
 
     Each is a fresh Python that imports this module only: a fork would inherit the caller's threads, a spawn
@@ -146,8 +160,8 @@ def _draw_in_processes(folder, size, renders, seed, workers, bar):
     when nobody is left to read it. Ctrl-C does not reach them, for each has a session of its own; this
     process ends them.
     """
-    code = "import sys, moco.trifeature as t; t._draw_share(sys.argv[1], *map(int, sys.argv[2:]))"
-    command = [sys.executable, "-c", code, *map(str, (folder, size, renders, seed, workers))]
+    code = "import sys, moco.trifeature as t; t._draw_share(*sys.argv[1:3], *map(int, sys.argv[3:]))"
+    command = [sys.executable, "-c", code, *map(str, (folder, hide or "", size, renders, seed, workers))]
     package = Path(__file__).resolve().parent.parent
     finished, report = os.pipe()
     pipes = {"stdout": report, "stderr": subprocess.PIPE}
@@ -173,7 +187,7 @@ def _draw_in_processes(folder, size, renders, seed, workers, bar):
             os.close(end)
 
 
-def _draw_share(folder, size, renders, seed, workers, share):
+def _draw_share(folder, hide, size, renders, seed, workers, share):
     """Draw every `workers`-th combination from `share` on: what one of the processes does."""
     validation = held_out(seed)
     try:
@@ -182,9 +196,10 @@ def _draw_share(folder, size, renders, seed, workers, share):
             split = "val" if combination in validation else "train"
             place = Path(folder, split, "_".join(combination))
             place.mkdir(parents=True)
+            seen = [FACTORS[f][0] if f == hide else v for f, v in zip(FACTORS, combination, strict=True)]
             for index in range(renders):
                 png = io.BytesIO()  # Pillow forgets the reason when it fails to write to a file
-                pixels = render(*combination, size, _rng(seed, number, index))
+                pixels = render(*seen, size, _rng(seed, number, index))
                 Image.fromarray(pixels).save(png, "PNG", compress_level=1)
                 (place / f"{index}.png").write_bytes(png.getvalue())
             os.write(1, b".")
@@ -216,18 +231,21 @@ def main():
     add("--seed", type=int, default=0, metavar="S", help="chooses rotations, places and what is in val")
     add("--workers", type=int, metavar="W", help="processes (default: one per core)")
     add("--force", action="store_true", help="replace what was drawn under this name before")
+    add("--hide", metavar="FACTOR", help="of shape, texture, color: draw its first value everywhere")
     add("--sheet", metavar="FILE.png", help="draw one picture of all 30 values instead")
     args = parser.parse_args()
     if (args.out is None) == (args.sheet is None):
         parser.error("name either the folder OUT or --sheet FILE.png")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, too
 
+    if args.sheet and args.hide:
+        parser.error("a sheet shows all values: leave --hide out")
     if args.sheet:
         _write_sheet(args.sheet, 64 if args.size is None else args.size, args.seed, args.force)
         print(args.sheet)
         return
     size = 128 if args.size is None else args.size
-    generate(args.out, size, args.renders, args.seed, args.workers, force=args.force)
+    generate(args.out, size, args.renders, args.seed, args.workers, force=args.force, hide=args.hide)
     print(f"{args.out}: {800 * args.renders} images in train, {200 * args.renders} in val")
 
 
