@@ -46,8 +46,7 @@ def factor_of(folder_name, factor):
             f"folder '{folder_name}' is not named shape_texture_color, as in triangle_solid_red; "
             f"reading the {factor} needs the data set that python -m moco.trifeature draws"
         )
-    position = list(FACTORS).index(factor)
-    return FACTORS[factor].index(values[position])
+    return FACTORS[factor].index(values[list(FACTORS).index(factor)])
 
 
 def is_combination(folder_name):
@@ -79,17 +78,15 @@ def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, for
     images have the first value, whatever their folders say; all else is drawn as without it. UserError for
     settings out of range, an `out` that exists, or one that cannot be written.
     """
-    workers = available_cores() if workers is None else workers
+    workers = min(available_cores() if workers is None else workers, len(COMBINATIONS))
     _check_settings(size, seed, renders, workers)
     check_hidden(hide)
     out = Path(out).resolve()
     try:
         _check_free(out, force)
         with atomic_folder(out, replace=force) as folder:
-            total = renders * len(COMBINATIONS)
-            stream = None if progress else io.StringIO()
+            total, stream = renders * len(COMBINATIONS), None if progress else io.StringIO()
             with Progress("drawing Trifeature", total, "images", stream=stream) as bar:
-                workers = min(workers, len(COMBINATIONS))
                 _draw_in_processes(folder, size, renders, seed, workers, bar, hide)
             (folder / SETTINGS).write_text(json.dumps(settings_of(size, renders, seed, hide)) + "\n")
     except OSError as error:
@@ -240,11 +237,11 @@ def main():
 
     if args.sheet and args.hide:
         parser.error("a sheet shows all values: leave --hide out")
+    size = args.size if args.size is not None else 64 if args.sheet else 128
     if args.sheet:
-        _write_sheet(args.sheet, 64 if args.size is None else args.size, args.seed, args.force)
+        _write_sheet(args.sheet, size, args.seed, args.force)
         print(args.sheet)
         return
-    size = 128 if args.size is None else args.size
     generate(args.out, size, args.renders, args.seed, args.workers, force=args.force, hide=args.hide)
     print(f"{args.out}: {800 * args.renders} images in train, {200 * args.renders} in val")
 

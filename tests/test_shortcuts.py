@@ -129,6 +129,7 @@ def test_runs_are_named_by_all_digits_of_what_differs(folders, tmp_path, cli, mo
     [
         ("trifeature", ["--factors", "shape", "colour"], "no factor 'colour' to read; choose of shape, text"),
         ("trifeature", ["--factors", "class"], "no factor 'class' to read"),
+        ("trifeature", ["--hide", "colour"], "--hide colour: there is no such factor; choose one of"),
         ("trifeature", ["--recipe", "v3"], "there is no recipe 'v3'; choose of v2, crops"),
         ("trifeature", ["--epsilon", "0.1", "-0.1"], "--epsilon must be 0 or more, not -0.1"),
         ("trifeature", ["--epsilon", "nan"], "--epsilon must be 0 or more, not nan"),

@@ -152,6 +152,8 @@ def test_full_disk_is_a_sentence(tmp_path):
         (["FOLDER", "--force"], "is no Trifeature set (it has no trifeature.json): --force does not"),
         (["--sheet", "FILE"], "exists; choose another name, or --force"),
         (["--sheet", "FILE/sheet.png"], "cannot write"),
+        (["OUT", "--hide", "colour"], "--hide colour: there is no such factor; choose one of shape, texture"),
+        (["--sheet", "OUT", "--hide", "color"], "a sheet shows all values: leave --hide out"),
         ([], "name either the folder OUT or --sheet FILE.png"),
     ],
 )

@@ -1,0 +1,88 @@
+"""Trifeature with a factor taken out of its pictures, and sweeps on it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_shortcuts import LISTS, SMALL, sweep_of
+
+from moco import shortcuts, trifeature
+from moco.errors import UserError
+from moco.sweep import read_results
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Folders with the same 1000 images, once as they are and once for each factor that can be hidden."""
+    out = tmp_path_factory.mktemp("trifeature")
+    for hide in (None, *trifeature.FACTORS):
+        trifeature.generate(out / str(hide), size=32, renders=1, progress=False, hide=hide)
+    return out
+
+
+def images(folder):
+    """{(shape, texture, color): pixels (32, 32, 3) uint8}"""
+    return {tuple(p.parent.name.split("_")): np.array(Image.open(p)) for p in folder.glob("*/*/0.png")}
+
+
+@pytest.mark.parametrize("place, hide", list(enumerate(trifeature.FACTORS)))
+def test_a_hidden_factor_has_its_first_value_everywhere_and_all_else_is_as_it_was(sets, place, hide):
+    plain, hidden = images(sets / "None"), images(sets / hide)
+    assert plain.keys() == hidden.keys() == set(trifeature.COMBINATIONS)
+    first = trifeature.FACTORS[hide][0]
+    same = {key for key in plain if (plain[key] == hidden[key]).all()}
+    assert same == {key for key in plain if key[place] == first}  # the folders' names stay, the pixels do not
+    assert {p.parent.name for p in (sets / hide).glob("val/*/*")} == {
+        p.parent.name for p in (sets / "None").glob("val/*/*")
+    }
+
+
+def test_without_colour_the_pixels_lie_between_grey_and_one_colour(sets):
+    def hues(found):  # directions in which pixels differ from the grey of the ground
+        apart = np.concatenate([(x.astype(float) - x[0, 0]).reshape(-1, 3) for x in found.values()])
+        lengths = np.linalg.norm(apart, axis=1)
+        return (apart[lengths > 60] / lengths[lengths > 60, None]).std(axis=0).max()
+
+    assert hues(images(sets / "color")) < 0.02 and hues(images(sets / "None")) > 0.3
+
+
+def test_a_set_says_what_it_hides(sets):
+    told = {path.name: json.loads((path / trifeature.SETTINGS).read_text()) for path in sets.iterdir()}
+    plain = {"version": 1, "size": 32, "renders": 1, "seed": 0}
+    assert told == {"None": plain} | {hide: plain | {"hide": hide} for hide in trifeature.FACTORS}
+    shortcuts._draw(sets / "color", 32, 1, "color")  # taken as it is
+    for hide in (None, "shape"):
+        with pytest.raises(UserError, match="was drawn with .*'hide': 'color'.*choose another --out"):
+            shortcuts._draw(sets / "color", 32, 1, hide)
+
+
+def test_a_sweep_draws_without_the_factor_and_does_not_read_it(tmp_path, cli, monkeypatch):
+    sweep_of(monkeypatch, {})
+    words = ["trifeature", *SMALL, *LISTS, "--renders", "1", "--recipe", "crops", "--moco-t", "0.2"]
+    code, output, errors = cli(shortcuts.main, *words, "--hide", "color", "--out", tmp_path / "s")
+    assert code == 0, errors
+    assert json.loads((tmp_path / "s/data/trifeature.json").read_text())["hide"] == "color"
+    results = read_results(tmp_path / "s")
+    assert len(results) == 2 and all(result["hide"] == "color" for result in results)
+    words_of = [result["command"] for result in results if not result["trained"]][0]
+    assert words_of[words_of.index("--factors") + 1 :][:3] == ["shape", "texture", "--untrained"]
+    code, _, errors = cli(shortcuts.main, *words, "--out", tmp_path / "s")
+    assert code == 2 and "holds a sweep with hide color, not None: give it the same" in errors
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["trifeature", "--hide", "color", "--factors", "color"],
+            "'color' to read; choose of shape, texture",
+        ),
+        (["randbit", "--hide", "color", "--data", "FOLDERS"], "--hide draws Trifeature, and --data takes"),
+    ],
+)
+def test_what_cannot_be_hidden_or_read_is_refused(folders, tmp_path, cli, words, message):
+    words = [folders if word == "FOLDERS" else word for word in words]
+    code, output, errors = cli(shortcuts.main, *words, *SMALL, "--out", tmp_path / "out")
+    assert (code, output) == (2, "") and message in errors and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
