@@ -9,24 +9,19 @@ import json
 import math
 import signal
 from dataclasses import asdict
-from pathlib import Path
 
-from moco import trifeature
 from moco.errors import UserError, run_program
+from moco.factors import AS_FOLDERS, factors_of
 from moco.files import atomic_file
 from moco.sweep import DIVERGED
 
 SHARED = "readout_shared_bits"  # the second reading of an encoder with random bits
-AS_FOLDERS = "class"  # the readout of a data set that is no Trifeature
 
 
-def factors_of(folder):
-    """What can be read of the images in `folder`: Trifeature's factors, or the class."""
-    return list(trifeature.FACTORS) if (Path(folder) / trifeature.SETTINGS).is_file() else [AS_FOLDERS]
-
-
-def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
+def measure(folder, factors, device, checkpoint=None, path=None, read=None, **untrained):
     """A dict of the `readout` of each factor (moco.readout.Readout's fields) and, of a checkpoint, `losses`.
+
+    Losses are those of the images in `folder`; readouts too, unless there is a folder `read` of others.
 
     An encoder with random bits is read twice: with each image's own, and with those of the first training
     image for all (SHARED), since bits that differ between images are noise to a linear classifier.
@@ -42,9 +37,10 @@ def measure(folder, factors, device, checkpoint=None, path=None, **untrained):
     model = _model(checkpoint, path, settings)
     model.to(device)
     encoder = model.encoder_q if checkpoint else model
-    result = {"readout": _readouts(folder, factors, encoder, settings, device)}
+    read = read or folder
+    result = {"readout": _readouts(read, factors, encoder, settings, device)}
     if settings.get("random_bits", 0):
-        result[SHARED] = _readouts(folder, factors, encoder, settings, device, shared=True)
+        result[SHARED] = _readouts(read, factors, encoder, settings, device, shared=True)
     if checkpoint:
         log = checkpoint["log"]
         means = {name: float(total) / count for name, (total, count) in log.items()}
@@ -206,6 +202,7 @@ def main():
     add = parser.add_argument
     add("data", metavar="DATA", help="folder with train/ and val/")
     add("out", metavar="OUT.json", help="file to write")
+    add("--read", metavar="DIR", help="read from these images instead; losses are of those in DATA")
     add("--pretrained", metavar="CKPT", help="checkpoint of main_moco.py")
     add("--untrained", action="store_true", help="instead: what a run starts from, by the flags below")
     add("-a", "--arch", default="resnet18", help="(default: %(default)s)")
@@ -227,12 +224,9 @@ def main():
     checkpoint = read_checkpoint(args.pretrained) if args.pretrained else None
     if checkpoint and not {"settings", "log"} <= checkpoint.keys():
         raise UserError(f"{args.pretrained} does not say how it was trained; main_moco.py's checkpoints do")
-    untrained = {
-        name: getattr(args, name) for name in ("arch", "image_size", "moco_dim", "seed", "random_bits")
-    }
-    found = measure(
-        args.data, args.factors or factors_of(args.data), device, checkpoint, args.pretrained, **untrained
-    )
+    untrained = {n: getattr(args, n) for n in ("arch", "image_size", "moco_dim", "seed", "random_bits")}
+    factors = args.factors or factors_of(args.read or args.data)
+    found = measure(args.data, factors, device, checkpoint, args.pretrained, args.read, **untrained)
     named = found["readout"] | {f"{k} (shared bits)": v for k, v in found.get(SHARED, {}).items()}
     for name, readout in named.items():
         note = "" if readout["converged"] else "; NOT converged"

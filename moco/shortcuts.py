@@ -16,7 +16,7 @@ from pathlib import Path
 from moco import trifeature
 from moco.cores import available_cores
 from moco.errors import UserError, run_program
-from moco.measure import AS_FOLDERS, factors_of
+from moco.factors import AS_FOLDERS, factors_of
 from moco.shortcuts_options import MOST_ON_GPU, RECIPES, check_lists, parse_args
 from moco.shortcuts_report import write_report
 from moco.shortcuts_results import number
@@ -49,6 +49,8 @@ def main():
         print(*notes, sep="\n", end="\n" if notes else "", flush=True)
         if not given:
             _draw(data, 2 * args.image_size, args.renders, args.hide)
+            if args.read_without:
+                _draw(_read_data(args), 2 * args.image_size, args.renders, args.read_without)
         factors = args.factors or _known_factors(args, data)
         jobs = [job for job in (_job(args, run, data, factors, settings) for run in runs)
                 if job.name not in done]  # fmt: skip
@@ -90,7 +92,13 @@ def _known_factors(args, data):
     if getattr(args, "data", None) is not None:
         return factors_of(data)
     trifeature.check_hidden(args.hide)
-    return [factor for factor in trifeature.FACTORS if factor != args.hide]
+    trifeature.check_hidden(args.read_without, "read-without")
+    return [factor for factor in trifeature.FACTORS if factor not in (args.hide, args.read_without)]
+
+
+def _read_data(args):
+    """The folder of the pictures to read from where they are others than to train on."""
+    return Path(args.out) / "data_to_read"
 
 
 def _images_of(args, data):
@@ -185,6 +193,8 @@ def _job(args, run, data, factors, settings):
 def _commands(args, run, factors, data, folder):
     """What a run consists of: [(what it is, its words after `python`), ...]."""
     measuring = ["-m", "moco.measure", str(data), str(folder / "measured.json"), "--factors", *factors]
+    if args.read_without:
+        measuring += ["--read", str(data.parent / _read_data(args).name)]
     if not run["trained"]:
         flags = _flags("--untrained", a=args.arch, image_size=args.image_size, seed=run["seed"],
                        random_bits=run["bits"])  # fmt: skip

@@ -61,6 +61,8 @@ def _add_fixed(parser, kind):
     add("--renders", type=int, metavar="N",
         help=f"images of each of Trifeature's combinations (default: {RENDERS})")  # fmt: skip
     add("--hide", metavar="NAME", help="a factor of Trifeature of which all images have the same value")
+    add("--read-without", metavar="NAME",
+        help="train on all of Trifeature, but read from pictures in which this factor is hidden")  # fmt: skip
     if kind == "randbit":
         add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT)")
     add("--factors", nargs="*", metavar="NAME",
@@ -93,6 +95,10 @@ def check_lists(args):
     for recipe in args.recipe:
         if recipe not in RECIPES:
             raise UserError(f"there is no recipe {recipe!r}; choose of {', '.join(RECIPES)}")
+    if args.hide and args.read_without:
+        raise UserError(
+            "--hide and --read-without are two ways to do without a factor; leave one of them out"
+        )
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     if args.renders is not None and args.renders < 1:
@@ -106,10 +112,13 @@ def check_lists(args):
         raise UserError(f"--alpha has no effect with --method {args.method}; leave one of them out")
     if getattr(args, "data", None) is None:
         args.renders = args.renders or RENDERS
-    elif args.hide is not None:
-        raise UserError("--hide draws Trifeature, and --data takes other images; leave one of them out")
-    elif args.renders is not None:
-        raise UserError("--renders draws Trifeature, and --data takes other images; leave one of them out")
+        return
+    for name in ("renders", "hide", "read_without"):
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--{flag} draws Trifeature, and --data takes other images; leave one of them out"
+            )
 
 
 def _words(values):

@@ -93,10 +93,10 @@ def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, for
         raise _unwritable(out, error) from error
 
 
-def check_hidden(factor):
-    """Raise UserError if --hide is neither None nor a factor."""
+def check_hidden(factor, flag="hide"):
+    """Raise UserError if the value of a flag is neither None nor a factor."""
     if factor not in (None, *FACTORS):
-        raise UserError(f"--hide {factor}: there is no such factor; choose one of {', '.join(FACTORS)}")
+        raise UserError(f"--{flag} {factor}: there is no such factor; choose one of {', '.join(FACTORS)}")
 
 
 def settings_of(size, renders, seed=0, hide=None):

@@ -9,6 +9,7 @@ from test_shortcuts import LISTS, SMALL, sweep_of
 
 from moco import shortcuts, trifeature
 from moco.errors import UserError
+from moco.factors import factors_of
 from moco.sweep import read_results
 
 
@@ -57,6 +58,16 @@ def test_a_set_says_what_it_hides(sets):
             shortcuts._draw(sets / "color", 32, 1, hide)
 
 
+def test_what_is_hidden_is_none_of_the_factors_to_read(sets, tmp_path):
+    assert factors_of(sets / "None") == ["shape", "texture", "color"]
+    assert factors_of(sets / "texture") == ["shape", "color"]
+    assert factors_of(tmp_path) == ["class"]
+    for damaged in ("{", "[1]", "3"):
+        (tmp_path / trifeature.SETTINGS).write_text(damaged)
+        with pytest.raises(UserError, match="trifeature.json cannot be read .*; draw the set again"):
+            factors_of(tmp_path)
+
+
 def test_a_sweep_draws_without_the_factor_and_does_not_read_it(tmp_path, cli, monkeypatch):
     sweep_of(monkeypatch, {})
     words = ["trifeature", *SMALL, *LISTS, "--renders", "1", "--recipe", "crops", "--moco-t", "0.2"]
@@ -71,6 +82,24 @@ def test_a_sweep_draws_without_the_factor_and_does_not_read_it(tmp_path, cli, mo
     assert code == 2 and "holds a sweep with hide color, not None: give it the same" in errors
 
 
+def test_a_sweep_trains_on_all_factors_and_reads_without_one(tmp_path, cli, monkeypatch):
+    sweep_of(monkeypatch, {})
+    words = ["trifeature", *SMALL, *LISTS, "--renders", "1", "--recipe", "crops", "--moco-t", "0.2"]
+    code, _, errors = cli(shortcuts.main, *words, "--read-without", "color", "--out", tmp_path / "s")
+    assert code == 0, errors
+    there = [json.loads((tmp_path / f"s/{d}/trifeature.json").read_text()) for d in ("data", "data_to_read")]
+    assert [settings.get("hide") for settings in there] == [None, "color"]
+    results = {result["trained"]: result for result in read_results(tmp_path / "s")}
+    assert all(result["read_without"] == "color" for result in results.values())
+    trains, reads = str(tmp_path / "s/data"), str(tmp_path / "s/data_to_read")
+    assert results[True]["command"][2] == trains and reads not in results[True]["command"]
+    assert results[False]["command"][3] == trains
+    given = results[False]["command"][results[False]["command"].index("--factors") :][:6]
+    assert given == ["--factors", "shape", "texture", "--read", reads, "--untrained"]
+    code, _, errors = cli(shortcuts.main, *words, "--out", tmp_path / "s")
+    assert code == 2 and "holds a sweep with read_without color, not None: give it the same" in errors
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -79,6 +108,16 @@ def test_a_sweep_draws_without_the_factor_and_does_not_read_it(tmp_path, cli, mo
             "'color' to read; choose of shape, texture",
         ),
         (["randbit", "--hide", "color", "--data", "FOLDERS"], "--hide draws Trifeature, and --data takes"),
+        (["randbit", "--read-without", "color", "--data", "FOLDERS"], "--read-without draws Trifeature, and"),
+        (
+            ["trifeature", "--read-without", "colour"],
+            "--read-without colour: there is no such factor; choose",
+        ),
+        (["trifeature", "--read-without", "color", "--hide", "shape"], "are two ways to do without a factor"),
+        (
+            ["trifeature", "--read-without", "color", "--factors", "color"],
+            "'color' to read; choose of shape,",
+        ),
     ],
 )
 def test_what_cannot_be_hidden_or_read_is_refused(folders, tmp_path, cli, words, message):

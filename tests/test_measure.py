@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from moco.distributed import Process
 from moco.draws import moco_v2
 from moco.encoders import base_encoder
 from moco.errors import UserError
+from moco.factors import factors_of
 from moco.random_bits import HELD_OUT, TRAIN, bits_of, with_input_channels
 from moco.sweep import DIVERGED
 from moco.views import normalise
@@ -77,7 +79,7 @@ def test_each_part_is_read_by_its_own_labels(combinations, monkeypatch):
         by_name = [trifeature.factor_of(val.classes[t], factor) for t in val.targets]
         assert own == by_name != [train.target_transform(target) for target in val.targets]
     monkeypatch.setattr(measure, "_model", lambda *_: Looks())
-    factors = measure.factors_of(combinations)
+    factors = factors_of(combinations)
     assert factors == ["shape", "texture", "color"]
     found = measure.measure(combinations, factors, CPU, image_size=16, seed=0)
     for factor in factors:
@@ -86,6 +88,19 @@ def test_each_part_is_read_by_its_own_labels(combinations, monkeypatch):
     assert not {"losses", "readout_shared_bits"} & found.keys()
     assert set(found["versions"]) > {"torch", "torchvision"}
     assert found["hardware"]["cpu"] and found["hardware"]["gpu"] is None
+
+
+def test_other_images_are_read_than_those_of_the_loss(combinations, folders, monkeypatch):
+    monkeypatch.setattr(measure, "_model", lambda *_: Looks())
+    found = measure.measure(folders, ["shape"], CPU, read=combinations, image_size=16, seed=0)
+    assert found["readout"]["shape"]["accuracy"] == 100
+    model, asked = SimpleNamespace(encoder_q=Looks(), to=lambda device: None), []
+    monkeypatch.setattr(measure, "_model", lambda *_: model)
+    monkeypatch.setattr(measure, "plain_loss", lambda *given: (asked.append(given[1]), (1.5, 2.5))[1])
+    checkpoint = {"settings": {"image_size": 16, "seed": 0}, "log": {"Loss": (4.0, 2), "Acc@1": (1.0, 2)}}
+    found = measure.measure(folders, ["shape"], CPU, checkpoint, read=combinations)
+    assert asked == [folders] and found["losses"]["info_nce"] == 1.5
+    assert found["readout"]["shape"]["accuracy"] == 100
 
 
 class Hidden(Looks):
@@ -112,7 +127,7 @@ def test_with_random_bits_a_second_reading_gives_all_images_those_of_one(combina
 
 
 def test_a_class_is_read_of_folders_that_are_no_trifeature(folders, monkeypatch):
-    assert measure.factors_of(folders) == ["class"]
+    assert factors_of(folders) == ["class"]
     monkeypatch.setattr(measure, "_model", lambda *_: Means())
     readout = measure.measure(folders, ["class"], CPU, image_size=16, seed=0)["readout"]["class"]
     assert readout["chance"] == pytest.approx(100 / 3) and 0 <= readout["accuracy"] <= 100
