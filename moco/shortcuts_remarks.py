@@ -6,6 +6,10 @@ from moco.shortcuts_results import with_shared_bits, without_second_reading
 
 def remarks(results):
     """What a reader of the numbers must know of single runs, a sentence each."""
+    for hidden in sorted({r["hide"] for r in results if r.get("hide")}):
+        yield f"All pictures have the same {hidden}, those to train on and those to read from."
+    for hidden in sorted({r["read_without"] for r in results if r.get("read_without")}):
+        yield f"Trained on all factors, and read from the same pictures with one {hidden} for all."
     yield from (f"{run['name']} diverged: {run['reason']}" for run in results if run.get("diverged"))
     unsure = {r["name"]: [n for n, found in _readouts(r).items() if not found["converged"]] for r in results}
     if any(unsure.values()):

@@ -49,3 +49,12 @@ def test_readouts_that_did_not_converge_are_named():
     assert "not converge" not in table(results)
     results[5][SHARED]["shape"]["converged"] = False
     assert f"Readouts that did not converge: {results[5]['name']}: shape (shared bits)\n" in table(results)
+
+
+def test_a_factor_that_pictures_lack_is_told():
+    assert "pictures" not in table(made())[300:]
+    hidden = [result | {"hide": "color", "read_without": None} for result in made()]
+    assert "All pictures have the same color, those to train on and those to read from.\n" in table(hidden)
+    read = [result | {"hide": None, "read_without": "shape"} for result in made()]
+    assert "Trained on all factors, and read from the same pictures with one shape for all.\n" in table(read)
+    assert "All pictures" not in table(read) and "Trained on all" not in table(hidden)
