@@ -49,7 +49,7 @@ def start():
     yield run
     for program in started:
         program.clear()
-    assert gone_within(5, lambda: not abandoned(before)), "something was left in /dev/shm"
+    assert gone_within(5, lambda: not abandoned(before)), f"left in /dev/shm: {abandoned(before)}"
 
 
 def test_a_dead_worker_ends_the_run_with_a_message(start):
