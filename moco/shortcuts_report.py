@@ -90,14 +90,14 @@ def _tables(results):
     names = [name for name in SETTING if name != "bits" or any(r["bits"] for r in results)]
     columns, found = columns_of(results), rows(results)
     lines = [
-        *_head([*names, "seeds", LOSS, *columns]),
+        *head_lines([*names, "seeds", LOSS, *columns]),
         *_plain_rows(results, names, columns),
     ]
     for key, runs in found.items():
         good = list(sound(runs).values())
         cells = [cell([value(run, LOSS) for run in good], 3)]
         cells += [cell([score(run, column) for run in good]) for column in columns]
-        lines.append(_line([*_setting(key, names), _count(runs), *cells]))
+        lines.append(line([*_setting(key, names), _count(runs), *cells]))
     lines += _difference_lines(found, names, columns)
     return lines + _learned_lines(results, found, names, columns)
 
@@ -116,14 +116,14 @@ def _plain_rows(results, names, columns):
     chances = next((result["readout"] for result in results if "readout" in result), {})
     by_chance = [f"{chances[c]['chance']:.1f}" if c in chances else "" for c in columns]
     blank, loss = [""] * (len(names) - 1), loss_at_chance(results)
-    yield _line(["chance", *blank, "", "" if loss is None else f"{loss:.3f}", *by_chance])
+    yield line(["chance", *blank, "", "" if loss is None else f"{loss:.3f}", *by_chance])
     for bits in sorted({result["bits"] for result in untrained(results)}):
         runs = untrained(results, bits)
         setting = ["untrained", *blank]
         if "bits" in names:
             setting[names.index("bits")] = f"{bits}"
         cells = [cell([score(run, column) for run in runs]) for column in columns]
-        yield _line([*setting, str(len(runs)), "", *cells])
+        yield line([*setting, str(len(runs)), "", *cells])
 
 
 def _difference_lines(found, names, columns):
@@ -140,9 +140,9 @@ def _difference_lines(found, names, columns):
     if cells:
         text += [f"If epsilon changed nothing, about {cells / 20:.1f} of these {cells} intervals of factors "
                  "would leave out 0."]  # fmt: skip
-    head = _head([*names, "seeds", LOSS, *columns])
+    head = head_lines([*names, "seeds", LOSS, *columns])
     every = pairs | together
-    lines = [_line(_difference(key, every[key], names, (LOSS, *columns))) for key in every]
+    lines = [line(difference_cells(key, every[key], names, (LOSS, *columns))) for key in every]
     return ["", *text, "", *head, *lines]
 
 
@@ -152,12 +152,12 @@ def _learned_lines(results, found, names, columns):
     if not pairs:
         return []
     text = "Difference of epsilon 0 to the untrained encoder of the same seed, from which it started: points."
-    head = _head([*names, "seeds", *columns])
-    return ["", text, "", *head, *(_line(_difference(key, pairs[key], names, columns)) for key in pairs)]
+    head = head_lines([*names, "seeds", *columns])
+    return ["", text, "", *head, *(line(difference_cells(key, pairs[key], names, columns)) for key in pairs)]
 
 
-def _difference(key, of_seeds, names, columns):
-    """The cells of a row; empty ones for what it has not."""
+def difference_cells(key, of_seeds, names, columns):
+    """The cells of a row of differences; empty ones for what it has not."""
     texts = [
         cell([d[c] for d in of_seeds.values() if c in d], 3 if c == LOSS else 1, sign=True) for c in columns
     ]
@@ -173,9 +173,11 @@ def _count(runs):
     return f"{len(runs) - bad}" + (f", {bad} diverged" if bad else "")
 
 
-def _head(cells):
-    return [_line(cells), _line(["---"] * len(cells))]
+def head_lines(cells):
+    """The first two lines of a table."""
+    return [line(cells), line(["---"] * len(cells))]
 
 
-def _line(cells):
+def line(cells):
+    """A row of a table."""
     return f"| {' | '.join(cells)} |"

@@ -71,7 +71,7 @@ def test_checking_takes_little_memory(zipped, checkpoints, cache, tmp_path):
         def peak():
             return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
-        function(tmp_path / "small")  # code that is read and modules that are imported do not grow with a file
+        function(tmp_path / "small")  # code that is read and modules that are imported: no part of a file
         ctypes.CDLL(None).malloc_trim(0)  # what earlier tests left free is not there to be used unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on: proc(5)
         before = peak()

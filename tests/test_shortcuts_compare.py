@@ -1,0 +1,109 @@
+"""Two sweeps set against each other, by seed."""
+
+import json
+
+import numpy as np
+import pytest
+from sweep_results import FACTORS, SEEDS, diverged, half, made, of, scores
+
+from moco import shortcuts_compare
+from moco.errors import UserError
+from moco.shortcuts_compare import comparison
+from moco.sweep import RESULTS, SETTINGS
+
+WITH, WITHOUT = {"image_size": 32, "read_without": "color"}, {"image_size": 32, "hide": "color"}
+
+
+def folder_of(folder, results, settings):
+    folder.mkdir()
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    (folder / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results))
+    return folder
+
+
+def others(results):
+    """The same runs with other readouts, as of another training; untrained ones read the same."""
+    rng = np.random.default_rng(1)
+    for result in json.loads(json.dumps(results)):
+        for readout in result["readout"].values() if result["trained"] else ():
+            readout["accuracy"] += rng.uniform(-20, 5)
+        yield result
+
+
+def cells(text):
+    head, _, *body = (
+        [c.strip() for c in row.split("|")[1:-1]] for row in text.splitlines() if row[:1] == "|"
+    )
+    return [dict(zip(head, row, strict=True)) for row in body]
+
+
+def test_differences_are_paired_by_seed(tmp_path, capsys, monkeypatch):
+    base = made()
+    first = list(others(base))
+    folders = [folder_of(tmp_path / "a", first, WITH), folder_of(tmp_path / "b", base[::-1], WITHOUT)]
+    text = comparison(*folders)
+    assert text.splitlines()[:2] == [
+        "Linear readout of a less that of b with the same seed: points.",
+        "The sweeps' settings differ in hide None and color; read_without color and None.",
+    ]
+    assert "about 2.7 of the 54 intervals" in text  # 12 places and 6 over both T, of three factors
+    table = cells(text)
+    assert table[0] == {"recipe": "untrained", "T": "", "epsilon": "", "seeds": "3"} | dict.fromkeys(
+        (*FACTORS, "worst"), "+0.0 ± 0.0"
+    )
+    assert len(table) == 1 + 12 + 6
+    for row in table[1:]:
+        place = {"recipe": row["recipe"], "epsilon": float(row["epsilon"]), "trained": True}
+        temperatures = [0.07, 0.2] if row["T"] == "all" else [float(row["T"])]
+        for factor in (*FACTORS, "worst"):
+            apart = [scores(of(first, **place, T=T), factor) - scores(of(base, **place, T=T), factor)
+                     for T in temperatures]  # fmt: skip
+            values = np.mean(apart, axis=0)
+            assert row[factor] == f"{values.mean():+.1f} ± {half(values):.1f}"
+    monkeypatch.setattr("sys.argv", ["shortcuts_compare", *map(str, folders)])
+    shortcuts_compare.main()
+    assert capsys.readouterr().out == text
+
+
+def test_only_what_both_have_is_compared(tmp_path):
+    base = made(recipes=("crops",))
+    part = [r for r in others(base) if r["seed"] != 2 and r.get("T") != 0.07]
+    part = diverged(part, seed=1, epsilon=0)
+    folders = [folder_of(tmp_path / "a", part, WITH), folder_of(tmp_path / "b", base, WITH)]
+    text = comparison(*folders)
+    assert "The sweeps have the same settings." in text
+    found = [(row["recipe"], row["T"], row["epsilon"], row["seeds"]) for row in cells(text)]
+    places = [
+        ("crops", "0.2", epsilon, seeds) for epsilon, seeds in (("0", "1"), ("0.05", "2"), ("0.5", "2"))
+    ]
+    assert found == [("untrained", "", "", "2"), *places]
+    assert "±" not in cells(text)[1]["shape"] and "about 0.3 of the 6 intervals" in text
+
+
+def test_random_bits_are_a_column(tmp_path):
+    results = made("randbit", recipes=("crops",), bits=(0, 8), temperatures=(0.2,))
+    folders = [folder_of(tmp_path / name, results, {}) for name in "ab"]
+    assert [row["bits"] for row in cells(comparison(*folders))] == list("08000888")
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    base = made(recipes=("crops",))
+    first = folder_of(tmp_path / "a", base, WITH)
+    plain = folder_of(tmp_path / "plain", base, {"image_size": 32})
+    with pytest.raises(UserError, match="different pictures .one value for all of: color and None.*cannot"):
+        comparison(first, plain)
+    larger = folder_of(tmp_path / "larger", base, WITHOUT | {"image_size": 64})
+    with pytest.raises(UserError, match="different pictures .image_size: 32 and 64"):
+        comparison(first, larger)
+    two = [r | {"readout": {f: r["readout"][f] for f in FACTORS[:2]}} for r in base]
+    with pytest.raises(
+        UserError, match="different factors: shape, texture, color, worst and shape, texture, w"
+    ):
+        comparison(first, folder_of(tmp_path / "two", two, WITHOUT))
+    apart = [r | {"seed": r["seed"] + len(SEEDS)} for r in base]
+    with pytest.raises(UserError, match="no run of .*a has the same T, epsilon, recipe and seed"):
+        comparison(first, folder_of(tmp_path / "apart", apart, WITH))
+    with pytest.raises(UserError, match="empty has no run that was read; let its sweep finish some"):
+        comparison(first, folder_of(tmp_path / "empty", [], WITH))
+    with pytest.raises(UserError, match="nowhere holds no sweep .*give the --out of one"):
+        comparison(tmp_path / "nowhere", first)
