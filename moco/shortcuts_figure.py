@@ -60,12 +60,12 @@ def _against_all(row, line, found):
     for e, epsilon in enumerate(epsilons):
         chosen = {temperatures.index(k[1]): values[k] for k in values if k[3] == epsilon}
         style = {"label": f"epsilon {number(epsilon)}", "color": shades[e], "marker": "."}
-        _curve(row[1], chosen, _beside(e, len(epsilons)), **style)
+        curve(row[1], chosen, aside(e, len(epsilons)), **style)
     for t, T in enumerate(temperatures):
         chosen = {epsilons.index(k[3]): values[k] for k in values if k[1] == T}
         gray = f"{0.6 * t / max(1, len(temperatures) - 1):.2f}"
         style = {"label": f"T {number(T)}", "color": gray, "marker": _marker(t), "linestyle": STYLES[t % 4]}
-        _curve(row[2], chosen, _beside(t, len(temperatures)), **style)
+        curve(row[2], chosen, aside(t, len(temperatures)), **style)
     for axis, ticks in ((row[1], temperatures), (row[2], epsilons)):
         axis.set_xticks(range(len(ticks)), [number(tick) for tick in ticks])
     if found.chance is not None:
@@ -77,7 +77,8 @@ def _against_all(row, line, found):
             axis.axhspan(mean - half, mean + half, color="gray", alpha=0.15, linewidth=0)
     row[0].set_ylabel(f"{found.label(what)}\n({recipe})")
     for axis in row:
-        _within_percent(axis, what)
+        if what != GAIN:
+            within_percent(axis)
 
 
 def _share_x(rows):
@@ -101,7 +102,7 @@ def _against_bits(row, line, found):
             settings = [key for key in found.runs if key[:2] == line and key[3] == epsilon]
             chosen = {key[2]: found.values(key, what) for key in settings}
             style = {"label": f"epsilon {number(epsilon)}", "color": shades[e], "marker": _marker(e)}
-            _curve(axis, chosen, gap * _beside(e, len(epsilons)), **style)
+            curve(axis, chosen, gap * aside(e, len(epsilons)), **style)
         levels = [interval(found.levels(what, count)) for count in bits]
         ends = bits if len(bits) > 1 else [bit + side * gap / 2 for bit in bits for side in (-1, 1)]
         levels = levels if len(bits) > 1 else levels * 2
@@ -112,7 +113,8 @@ def _against_bits(row, line, found):
         axis.set_xlabel("random bits")
         axis.set_ylabel(found.label(what))
         axis.set_title("\n".join(filter(None, (f"{recipe}, T {number(T)}", found.how))), fontsize="medium")
-        _within_percent(axis, what)
+        if what != GAIN:
+            within_percent(axis)
 
 
 def _note(found, of_bits, twice):
@@ -130,14 +132,13 @@ def _note(found, of_bits, twice):
     return f"{first}\n{second}"
 
 
-def _within_percent(axis, what):
+def within_percent(axis):
     """An interval of two seeds can be wider than what is possible."""
     low, high = axis.get_ylim()
-    if what != GAIN:
-        axis.set_ylim(max(low, -1), min(high, 101))
+    axis.set_ylim(max(low, -1), min(high, 101))
 
 
-def _curve(axis, chosen, beside, **style):
+def curve(axis, chosen, beside, **style):
     """A line through {x: values}, moved sideways so that intervals at the same x do not hide each other."""
     places = [place for place in sorted(chosen) if chosen[place]]
     _points(axis, [[place + beside] for place in places], [chosen[place] for place in places], **style)
@@ -156,7 +157,7 @@ def _points(axis, x, y, **style):
               zorder=3, label="_", **hollow)  # fmt: skip
 
 
-def _beside(number, of):
+def aside(number, of):
     """Where a curve stands beside the middle, in units of the distance of two neighbours."""
     return 0.4 * (number - (of - 1) / 2) / max(of, 4)
 

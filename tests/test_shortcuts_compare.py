@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from sweep_results import FACTORS, SEEDS, diverged, half, made, of, scores
+from PIL import Image
+from sweep_results import EPSILONS, FACTORS, SEEDS, diverged, half, made, of, scores
+from test_shortcuts_figure import curves
 
 from moco import shortcuts_compare
 from moco.errors import UserError
-from moco.shortcuts_compare import comparison
+from moco.shortcuts_compare import comparison, figure
 from moco.sweep import RESULTS, SETTINGS
 
 WITH, WITHOUT = {"image_size": 32, "read_without": "color"}, {"image_size": 32, "hide": "color"}
@@ -101,9 +103,50 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     ):
         comparison(first, folder_of(tmp_path / "two", two, WITHOUT))
     apart = [r | {"seed": r["seed"] + len(SEEDS)} for r in base]
-    with pytest.raises(UserError, match="no run of .*a has the same T, epsilon, recipe and seed"):
+    with pytest.raises(UserError, match="no trained run of .*a has the same T, epsilon, recipe and seed"):
         comparison(first, folder_of(tmp_path / "apart", apart, WITH))
     with pytest.raises(UserError, match="empty has no run that was read; let its sweep finish some"):
         comparison(first, folder_of(tmp_path / "empty", [], WITH))
     with pytest.raises(UserError, match="nowhere holds no sweep .*give the --out of one"):
         comparison(tmp_path / "nowhere", first)
+
+
+def test_the_picture_holds_both_readouts_and_the_levels(tmp_path, capsys, monkeypatch):
+    base = made(recipes=("crops",))
+    first = list(others(base))
+    plain = [r for r in base if not r["trained"] or r["epsilon"] == 0]
+    folders = [folder_of(tmp_path / "a", first, WITH), folder_of(tmp_path / "b", plain, WITHOUT)]
+    picture = figure(*folders)
+    panels = np.array(picture.axes).reshape(3, 2)
+    for row, factor in zip(panels, FACTORS, strict=True):
+        assert row[0].get_ylabel() == f"{factor}, %"
+        for axis, T in zip(row, (0.07, 0.2), strict=True):
+            assert axis.get_title(loc="left") == f"crops, T {T}"
+            found = curves(axis)
+            for name, results, epsilons in (("a", first, EPSILONS), ("b", plain, (0,))):
+                runs = [of(results, T=T, epsilon=epsilon) for epsilon in epsilons]
+                values = [scores(of_epsilon, factor) for of_epsilon in runs]
+                x, y, halves = found[name]
+                assert np.round(x).tolist() == list(range(len(epsilons)))
+                assert y == pytest.approx([v.mean() for v in values])
+                assert halves == pytest.approx([half(v) for v in values])
+            levels = {line.get_linestyle(): line.get_ydata()[0] for line in axis.lines
+                      if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [0, 1]}  # fmt: skip
+            ways = {"--": of(plain, T=T, epsilon=0), ":": of(base, trained=False)}
+            assert levels == pytest.approx({k: scores(runs, factor).mean() for k, runs in ways.items()})
+    labels = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert sorted(labels) == ["a", "b", "untrained"]
+    out = tmp_path / "both.png"
+    monkeypatch.setattr("sys.argv", ["shortcuts_compare", *map(str, folders), "-o", str(out)])
+    shortcuts_compare.main()
+    assert Image.open(out).size[0] == 2000 and capsys.readouterr().out.endswith(f"\n\n{out}\n")
+    with pytest.raises(UserError, match="both.png exists already.*--force"):
+        shortcuts_compare.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_picture_has_a_panel_for_each_number_of_bits(tmp_path):
+    results = made("randbit", recipes=("crops",), bits=(0, 8), temperatures=(0.2,))
+    folders = [folder_of(tmp_path / name, results, {}) for name in "ab"]
+    titles = [axis.get_title(loc="left") for axis in figure(*folders).axes]
+    assert titles == ["crops, T 0.2, 0 random bits", "crops, T 0.2, 8 random bits"] * 3
