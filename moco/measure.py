@@ -150,6 +150,12 @@ def _model(checkpoint, path, settings):
     return model
 
 
+def both_readings(result):
+    """{factor: readout} of what `measure` gave, of a second reading with (shared bits) after the name."""
+    second = {f"{factor} (shared bits)": readout for factor, readout in result.get(SHARED, {}).items()}
+    return result.get("readout", {}) | second
+
+
 def _readouts(folder, factors, encoder, settings, device, shared=False):
     import torch
 
@@ -227,8 +233,7 @@ def main():
     untrained = {n: getattr(args, n) for n in ("arch", "image_size", "moco_dim", "seed", "random_bits")}
     factors = args.factors or factors_of(args.read or args.data)
     found = measure(args.data, factors, device, checkpoint, args.pretrained, args.read, **untrained)
-    named = found["readout"] | {f"{k} (shared bits)": v for k, v in found.get(SHARED, {}).items()}
-    for name, readout in named.items():
+    for name, readout in both_readings(found).items():
         note = "" if readout["converged"] else "; NOT converged"
         print(f"{name}: {readout['accuracy']:.2f} % (chance {readout['chance']:.2f}), weight decay "
               f"{readout['weight_decay']:g}{note}")  # fmt: skip

@@ -1,6 +1,8 @@
 """Sentences under the table of a sweep: on runs that diverged, readouts at an end, runs made otherwise."""
 
-from moco.measure import SHARED
+import math
+
+from moco.measure import both_readings
 from moco.shortcuts_results import with_shared_bits, without_second_reading
 
 
@@ -11,20 +13,30 @@ def remarks(results):
     for hidden in sorted({r["read_without"] for r in results if r.get("read_without")}):
         yield f"Trained on all factors, and read from the same pictures with one {hidden} for all."
     yield from (f"{run['name']} diverged: {run['reason']}" for run in results if run.get("diverged"))
-    unsure = {r["name"]: [n for n, found in _readouts(r).items() if not found["converged"]] for r in results}
-    if any(unsure.values()):
-        each = "; ".join(f"{name}: {', '.join(factors)}" for name, factors in unsure.items() if factors)
-        yield f"Readouts that did not converge: {each}"
+    yield from _on_convergence(results)
     if with_shared_bits(results) and (names := without_second_reading(results)):
         yield f"These were not read with the same bits for all images: {', '.join(names)}"
     yield from _on_weight_decays(results)
     yield from _on_differences_in_making(results)
 
 
-def _readouts(result):
-    """Both readings of a run, by name."""
-    second = {f"{factor} (shared bits)": found for factor, found in result.get(SHARED, {}).items()}
-    return result.get("readout", {}) | second
+def _on_convergence(results):
+    """Which readouts did not converge, or only in a fit that was made to choose the weight decay."""
+    from moco.readout import TOLERANCE  # not before a sweep's arguments are checked: it imports torch
+
+    taken, tried = {}, {}
+    for result in results:
+        for factor, found in both_readings(result).items():
+            if not found["converged"]:
+                kind = tried if found.get("gradient", math.inf) <= TOLERANCE else taken
+                kind.setdefault(result["name"], []).append(factor)
+    for words, found in (
+        ("Readouts that did not converge", taken),
+        ("Readouts that converged, but for a fit made to choose the weight decay", tried),
+    ):
+        if found:
+            each = "; ".join(f"{name}: {', '.join(factors)}" for name, factors in found.items())
+            yield f"{words}: {each}"
 
 
 def _on_weight_decays(results):
@@ -32,7 +44,7 @@ def _on_weight_decays(results):
     for word, end_of in (("least", min), ("greatest", max)):
         chosen, ends = {}, set()
         for result in results:
-            for factor, readout in _readouts(result).items() if "weight_decays" in result else ():
+            for factor, readout in both_readings(result).items() if "weight_decays" in result else ():
                 end = end_of(result["weight_decays"])  # the same for all of a sweep
                 chosen.setdefault(factor, []).append(readout["weight_decay"] == end)
                 ends.add(end)

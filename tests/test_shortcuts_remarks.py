@@ -51,6 +51,16 @@ def test_readouts_that_did_not_converge_are_named():
     assert f"Readouts that did not converge: {results[5]['name']}: shape (shared bits)\n" in table(results)
 
 
+def test_a_fit_that_was_only_tried_is_told_apart():
+    results = made()
+    results[5]["readout"]["shape"] |= {"converged": False, "gradient": 9e-6}
+    results[6]["readout"]["color"] |= {"converged": False, "gradient": 2e-5}
+    text = table(results)
+    only_tried = "Readouts that converged, but for a fit made to choose the weight decay"
+    assert f"{only_tried}: {results[5]['name']}: shape\n" in text
+    assert f"Readouts that did not converge: {results[6]['name']}: color\n" in text
+
+
 def test_a_factor_that_pictures_lack_is_told():
     assert "pictures" not in table(made())[300:]
     hidden = [result | {"hide": "color", "read_without": None} for result in made()]
