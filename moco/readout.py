@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from moco.errors import UserError
 
-WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # the first that reads best is taken; weaker ones need
-# a thousand steps and more; how many runs took the last is said under a sweep's table
+WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # the first that reads best is taken; weaker ones take
+# longer and longer; how many runs took the last is said under a sweep's table
 CHOOSING = 5  # one group in so many of the training part is held back to choose by
 TOLERANCE = 1e-5  # length of the gradient at which a fit counts as converged: with these biases no weights
 # give an objective lower by more than TOLERANCE^2 / (2 * weight decay), 5e-7 or less
-MOST_STEPS = 3000
-LOOK_EVERY = 10  # steps between two looks at that gradient; L-BFGS itself sees that of whitened features
+MOST_STEPS = 100  # of Newton's method, each
+MOST_PRODUCTS = 5000  # with the Hessian at most
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_out(features, targets, groups, held_out, held_out_targets, classes):
     """
     features, held_out = standardised(features, held_out)
     choosing = _choosing(groups)
-    part = _Whitened(features[~choosing])
+    part = _PrincipalAxes(features[~choosing])
     fits, scores = [None], []
     for weight_decay in WEIGHT_DECAYS:  # each starts where the stronger one ended
         fits.append(part.fit(targets[~choosing], classes, weight_decay, fits[-1]))
@@ -69,7 +69,7 @@ def read_out(features, targets, groups, held_out, held_out_targets, classes):
         if scores[-1] == 100:
             break
     best = scores.index(max(scores))
-    last = _Whitened(features).fit(targets, classes, WEIGHT_DECAYS[best], fits[1 + best])
+    last = _PrincipalAxes(features).fit(targets, classes, WEIGHT_DECAYS[best], fits[1 + best])
     accuracy = _percent(last, held_out, held_out_targets)
     converged = all(fit.converged for fit in [*fits[1:], last])
     return Readout(accuracy, WEIGHT_DECAYS[best], last.iterations, last.gradient, converged)
@@ -90,58 +90,77 @@ def standardised(features, held_out):
 def fit(features, targets, classes, weight_decay):
     """Minimise mean cross-entropy + weight_decay / 2 * |W|^2 over features (N, d) float64: a Fit.
 
-    weight_decay is above 0; the bias is free. L-BFGS with a strong Wolfe search; whether it converged is
-    the Fit's to say.
+    weight_decay is above 0; the bias is free. Newton's method, that is iteratively reweighted least squares,
+    whose systems conjugate gradients solve (Nocedal & Wright 2006, section 7.1); whether it converged is the
+    Fit's to say.
     """
-    return _Whitened(features).fit(targets, classes, weight_decay)
+    return _PrincipalAxes(features).fit(targets, classes, weight_decay)
 
 
-class _Whitened:
-    """Features along their principal axes, on which L-BFGS needs a fraction of the steps.
+class _PrincipalAxes:
+    """Features along their principal axes, on which conjugate gradients need a fraction of the products.
 
-    With W = V A for an invertible A the objective has the same minimum. A scales each axis by the inverse
-    root of its curvature at the start, about mean of p (1 - p) * variance + weight decay.
+    There the Hessian is about diagonal for each class: mean of p (1 - p) * variance + weight decay.
     """
 
     def __init__(self, features):
-        mean = features.mean(dim=0)  # free biases take up any mean; the axes are those of the rest
-        self.mean, centred = mean, features - mean
-        self.variance, self.axes = torch.linalg.eigh(centred.T @ centred / len(features))
-        self.along = centred @ self.axes  # N x d
-        self.variance = self.variance.clamp(min=0)
+        self.mean = features.mean(dim=0)  # free biases take up any mean; the axes are those of the rest
+        centred = features - self.mean
+        variance, self.axes = torch.linalg.eigh(centred.T @ centred / len(features))
+        one = centred.new_ones(len(features), 1)
+        self.x = torch.cat([centred @ self.axes, one], dim=1)  # N x d+1, the last is the bias's
+        self.xt = self.x.T.contiguous()
+        self.variance = torch.cat([variance.clamp(min=0), one[0]])
 
     def fit(self, targets, classes, weight_decay, start=None):
-        along, variance = self.along, self.variance
-        W, bias = along.new_zeros(classes, along.shape[1]), along.new_zeros(classes)
+        N, D = self.x.shape
+        theta = self.x.new_zeros(classes, D)
         if start is not None:
-            W, bias = start.weight @ self.axes, start.bias + start.weight @ self.mean
-        p = (along @ W.T + bias).softmax(dim=1)
-        scale = ((p * (1 - p)).mean() * variance + weight_decay).rsqrt()  # d
-        x = along * scale
-        V, bias = (W / scale).requires_grad_(True), bias.clone().requires_grad_(True)
-        penalty = weight_decay / 2 * scale**2
-        optimizer = torch.optim.LBFGS(
-            [V, bias], history_size=100, line_search_fn="strong_wolfe", tolerance_change=0
-        )
-        group, steps = optimizer.param_groups[0], 0
+            theta[:, :-1], theta[:, -1] = start.weight @ self.axes, start.bias + start.weight @ self.mean
+        decay = self.x.new_full((D,), weight_decay)
+        decay[-1] = 0
+        right = F.one_hot(targets, classes).T.to(theta)  # classes x N
 
-        def objective():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(x @ V.T + bias, targets) + (penalty * V**2).sum()
-            loss.backward()
-            return loss
+        def objective(theta):
+            log_p = (theta @ self.xt).log_softmax(dim=0)
+            return float(-(log_p * right).sum() / N + (decay * theta**2).sum() / 2)
 
-        gradient = float("inf")
-        while gradient > TOLERANCE and steps < MOST_STEPS:
-            count = min(LOOK_EVERY, MOST_STEPS - steps)
-            group.update(tolerance_grad=0, max_iter=count, max_eval=20 * count)
-            optimizer.step(objective)
-            objective()
-            turned = (V.grad / scale).flatten()  # with respect to W, in turned axes, which keep lengths
-            gradient = float(torch.cat([turned, bias.grad]).norm())
-            steps = optimizer.state[V]["n_iter"]
-        weight = (V.detach() * scale) @ self.axes.T
-        return Fit(weight, bias.detach() - weight @ self.mean, steps, gradient)
+        for steps in range(MOST_STEPS + 1):
+            p = (theta @ self.xt).softmax(dim=0)
+            gradient = (p - right) @ self.x / N + decay * theta
+            length = float(gradient.norm())
+            if length <= TOLERANCE or steps == MOST_STEPS:
+                break
+            step = self._newton_step(p, gradient, decay, max(min(0.5, length**0.5) * length, TOLERANCE / 3))
+            before, slope, share = objective(theta), float((gradient * step).sum()), 1.0
+            while objective(theta + share * step) > before + 1e-4 * share * slope and share > 1e-6:
+                share /= 2
+            theta = theta + share * step
+            theta = theta - theta.mean(
+                dim=0
+            )  # the same for all classes: changes no p, and weights get shorter
+        weight = theta[:, :-1] @ self.axes.T
+        return Fit(weight, theta[:, -1] - weight @ self.mean, steps, length)
+
+    def _newton_step(self, p, gradient, decay, tolerance):
+        """-Hessian^-1 gradient, to a residual of length `tolerance`, all (classes, d+1); p: (classes, N)."""
+        diagonal = ((p * (1 - p)).mean(dim=1, keepdim=True) * self.variance + decay).clamp(min=1e-12)
+        step, residual = torch.zeros_like(gradient), -gradient
+        direction = residual / diagonal
+        overlap = (residual * direction).sum()
+        for _ in range(MOST_PRODUCTS):
+            moved = direction @ self.xt
+            moved = p * (moved - (p * moved).sum(dim=0))
+            product = moved @ self.x / len(self.x) + decay * direction
+            share = overlap / (direction * product).sum()
+            step = step + share * direction
+            residual = residual - share * product
+            if residual.norm() <= tolerance:
+                break
+            scaled = residual / diagonal
+            overlap, before = (residual * scaled).sum(), overlap
+            direction = scaled + overlap / before * direction
+        return step
 
 
 def _choosing(groups):
