@@ -16,15 +16,18 @@ from moco.files import atomic_file
 from moco.sweep import DIVERGED
 
 SHARED = "readout_shared_bits"  # the second reading of an encoder with random bits
+RENEWED = "readout_renewed"  # the second reading of one whose BatchNorm got statistics of what is read
+NAMES = {SHARED: "shared bits", RENEWED: "renewed statistics"}
 
 
-def measure(folder, factors, device, checkpoint=None, path=None, read=None, **untrained):
+def measure(folder, factors, device, checkpoint=None, path=None, read=None, renew=False, **untrained):
     """A dict of the `readout` of each factor (moco.readout.Readout's fields) and, of a checkpoint, `losses`.
 
     Losses are those of the images in `folder`; readouts too, unless there is a folder `read` of others.
 
     An encoder with random bits is read twice: with each image's own, and with those of the first training
-    image for all (SHARED), since bits that differ between images are noise to a linear classifier.
+    image for all (SHARED), since bits that differ between images are noise to a linear classifier. renew:
+    read once more (RENEWED) after `renew_statistics`.
 
     checkpoint: what read_checkpoint gave for `path`, of main_moco.py in one process; without one the encoder
     is what a run with arch, image_size, moco_dim, seed and random_bits in `untrained` starts from.
@@ -41,6 +44,9 @@ def measure(folder, factors, device, checkpoint=None, path=None, read=None, **un
     result = {"readout": _readouts(read, factors, encoder, settings, device)}
     if settings.get("random_bits", 0):
         result[SHARED] = _readouts(read, factors, encoder, settings, device, shared=True)
+    if renew:
+        _renew(encoder, read, factors[0], settings, device)
+        result[RENEWED] = _readouts(read, factors, encoder, settings, device)
     if checkpoint:
         log = checkpoint["log"]
         means = {name: float(total) / count for name, (total, count) in log.items()}
@@ -130,6 +136,17 @@ def features(encoder, images, size, device, bits=None):
     return torch.cat(parts)
 
 
+def _renew(encoder, folder, factor, settings, device):
+    """`renew_statistics` of the training images that are read."""
+    from moco.data import labelled_folders
+    from moco.renewal import renew_statistics
+
+    if settings.get("random_bits", 0):
+        raise UserError("--renew-statistics does not go with random bits; leave it out")
+    train, _, _ = labelled_folders(folder, None if factor == AS_FOLDERS else factor)
+    renew_statistics(encoder, train, settings["image_size"], device)
+
+
 def _model(checkpoint, path, settings):
     """The MoCo of a checkpoint, or an untrained encoder, on the CPU."""
     import torch
@@ -151,9 +168,12 @@ def _model(checkpoint, path, settings):
 
 
 def both_readings(result):
-    """{factor: readout} of what `measure` gave, of a second reading with (shared bits) after the name."""
-    second = {f"{factor} (shared bits)": readout for factor, readout in result.get(SHARED, {}).items()}
-    return result.get("readout", {}) | second
+    """{factor: readout} of what `measure` gave, of a second reading with its name after the factor's."""
+    return result.get("readout", {}) | {
+        f"{factor} ({NAMES[reading]})": readout
+        for reading in NAMES
+        for factor, readout in result.get(reading, {}).items()
+    }
 
 
 def _readouts(folder, factors, encoder, settings, device, shared=False):
@@ -209,6 +229,8 @@ def main():
     add("data", metavar="DATA", help="folder with train/ and val/")
     add("out", metavar="OUT.json", help="file to write")
     add("--read", metavar="DIR", help="read from these images instead; losses are of those in DATA")
+    add("--renew-statistics", action="store_true",
+        help="also read with BatchNorm's statistics of the training images that are read")  # fmt: skip
     add("--pretrained", metavar="CKPT", help="checkpoint of main_moco.py")
     add("--untrained", action="store_true", help="instead: what a run starts from, by the flags below")
     add("-a", "--arch", default="resnet18", help="(default: %(default)s)")
@@ -232,7 +254,9 @@ def main():
         raise UserError(f"{args.pretrained} does not say how it was trained; main_moco.py's checkpoints do")
     untrained = {n: getattr(args, n) for n in ("arch", "image_size", "moco_dim", "seed", "random_bits")}
     factors = args.factors or factors_of(args.read or args.data)
-    found = measure(args.data, factors, device, checkpoint, args.pretrained, args.read, **untrained)
+    found = measure(
+        args.data, factors, device, checkpoint, args.pretrained, args.read, args.renew_statistics, **untrained
+    )
     for name, readout in both_readings(found).items():
         note = "" if readout["converged"] else "; NOT converged"
         print(f"{name}: {readout['accuracy']:.2f} % (chance {readout['chance']:.2f}), weight decay "

@@ -195,6 +195,8 @@ def _commands(args, run, factors, data, folder):
     measuring = ["-m", "moco.measure", str(data), str(folder / "measured.json"), "--factors", *factors]
     if args.read_without:
         measuring += ["--read", str(data.parent / _read_data(args).name)]
+    if getattr(args, "renew_statistics", None):
+        measuring += ["--renew-statistics"]
     if not run["trained"]:
         flags = _flags("--untrained", a=args.arch, image_size=args.image_size, seed=run["seed"],
                        random_bits=run["bits"])  # fmt: skip

@@ -63,6 +63,9 @@ def _add_fixed(parser, kind):
     add("--hide", metavar="NAME", help="a factor of Trifeature of which all images have the same value")
     add("--read-without", metavar="NAME",
         help="train on all of Trifeature, but read from pictures in which this factor is hidden")  # fmt: skip
+    if kind == "trifeature":
+        add("--renew-statistics", action="store_true", default=None,
+            help="also read with BatchNorm's statistics of the training images that are read")  # fmt: skip
     if kind == "randbit":
         add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT)")
     add("--factors", nargs="*", metavar="NAME",

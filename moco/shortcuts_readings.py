@@ -1,14 +1,15 @@
 """What the figure of a sweep of moco.shortcuts shows, for each way in which the encoders were read."""
 
+from moco.measure import NAMES
 from moco.shortcuts_results import (
     columns_of,
     differences,
     loss_at_chance,
     rows,
     score,
+    second_readings,
     sound,
     untrained,
-    with_shared_bits,
 )
 
 GAIN = "gain"  # of the last column over epsilon 0, paired by seed
@@ -17,9 +18,9 @@ GAIN = "gain"  # of the last column over epsilon 0, paired by seed
 def readings(results):
     """A Reading for each way in which the encoders were read."""
     found = [Reading(results)]
-    second = with_shared_bits(results)
-    if rows(second):
-        found.append(Reading(second, "shared bits", found[0].shown))
+    for name, second in second_readings(results).items():
+        if rows(second):
+            found.append(Reading(second, NAMES[name], found[0].shown))
     return found
 
 

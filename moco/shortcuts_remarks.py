@@ -2,8 +2,10 @@
 
 import math
 
-from moco.measure import both_readings
-from moco.shortcuts_results import with_shared_bits, without_second_reading
+from moco.measure import RENEWED, SHARED, both_readings
+from moco.shortcuts_results import second_readings, without_reading
+
+NOT_READ = {SHARED: "the same bits for all images", RENEWED: "renewed statistics of BatchNorm"}
 
 
 def remarks(results):
@@ -14,8 +16,9 @@ def remarks(results):
         yield f"Trained on all factors, and read from the same pictures with one {hidden} for all."
     yield from (f"{run['name']} diverged: {run['reason']}" for run in results if run.get("diverged"))
     yield from _on_convergence(results)
-    if with_shared_bits(results) and (names := without_second_reading(results)):
-        yield f"These were not read with the same bits for all images: {', '.join(names)}"
+    for reading, words in NOT_READ.items():
+        if reading in second_readings(results) and (names := without_reading(results, reading)):
+            yield f"These were not read with {words}: {', '.join(names)}"
     yield from _on_weight_decays(results)
     yield from _on_differences_in_making(results)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from moco.errors import UserError
 from moco.files import atomic_file
 from moco.intervals import interval
+from moco.measure import RENEWED, SHARED
 from moco.shortcuts_remarks import remarks
 from moco.shortcuts_results import (
     LOSS,
@@ -19,14 +20,19 @@ from moco.shortcuts_results import (
     over_temperatures,
     rows,
     score,
+    second_readings,
     sound,
     untrained,
     value,
-    with_shared_bits,
 )
 
 TABLE, FIGURE = "table.md", "figure.png"
-SECOND = "The same encoders read from images that all have the random bits of the first training image:"
+SECOND = {
+    SHARED: "The same encoders read from images that all have the random bits of the first training image:\n"
+    "what is kept of the pictures where bits do not tell images apart.",
+    RENEWED: "The same encoders read with BatchNorm's statistics taken anew, of the training images that\n"
+    "are read: not of those trained on, and not 0 and 1 where nothing was trained.",
+}
 
 
 def write_report(out, kind, results):
@@ -59,7 +65,7 @@ def _write(out, kind, results, text):
 def table(results):
     """Markdown: readouts of each row, differences to the row with epsilon 0, and its own to no training.
 
-    Of encoders with random bits twice, if results have both readings.
+    Of encoders that were read in two ways, both.
     """
     several = WORST in columns_of(results)
     lines = [
@@ -71,15 +77,8 @@ def table(results):
         "",
         *_tables(results),
     ]
-    shared = with_shared_bits(results)
-    if shared:
-        lines += [
-            "",
-            SECOND,
-            "what is kept of the pictures where bits do not tell images apart.",
-            "",
-            *_tables(shared),
-        ]
+    for reading, found in second_readings(results).items():
+        lines += ["", SECOND[reading], "", *_tables(found)]
     for remark in remarks(results):
         lines += ["", remark]
     return "\n".join(lines) + "\n"

@@ -2,7 +2,7 @@
 
 import math
 
-from moco.measure import SHARED
+from moco.measure import NAMES, SHARED
 
 WORST = "worst"  # the factor that a run reads worst
 LOSS = "InfoNCE"
@@ -27,24 +27,28 @@ def score(result, factor):
     return result["readout"][factor]["accuracy"]
 
 
-def with_shared_bits(results):
-    """The same runs with the second reading in place of the first; none where no trained run has it.
+def second_readings(results):
+    """{name of a second reading: the same runs with it in place of the first}, of those that were made.
 
-    Runs without bits have one reading, which is both; runs `without_second_reading` are left out.
+    Runs without bits have one reading, which is both; runs `without_reading` are left out.
     """
-    if not any(SHARED in result for result in results if result["trained"]):
-        return []
-    left_out = without_second_reading(results)
+    names = [name for name in NAMES if any(name in result for result in results if result["trained"])]
+    return {name: _with(results, name) for name in names}
+
+
+def _with(results, name):
+    left_out = without_reading(results, name)
     return [
-        result | {"readout": result[SHARED]} if SHARED in result else result
+        result | {"readout": result[name]} if name in result else result
         for result in results
         if result["name"] not in left_out
     ]
 
 
-def without_second_reading(results):
-    """Names of runs with bits that were read in one way alone, as sweeps of older code."""
-    return [r["name"] for r in results if r["bits"] and "readout" in r and SHARED not in r]
+def without_reading(results, name):
+    """Names of runs that lack a second reading, as sweeps of older code; of shared bits, runs with bits."""
+    had = [r for r in results if "readout" in r and (r["bits"] or name != SHARED)]
+    return [r["name"] for r in had if name not in r]
 
 
 def rows(results):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moco.intervals import interval
+from moco.measure import NAMES
 from moco.shortcuts_report import SECOND, cell, table
 from moco.sweep import read_results
 
@@ -26,8 +27,11 @@ def test_tables_are_those_of_the_runs(folder):
 def test_the_readme_shows_what_was_measured():
     measured = {}
     for folder in SWEEPS:
-        first, _, second = (folder / "table.md").read_text().partition(SECOND)
-        measured |= {folder.name: tables(first), f"{folder.name} (shared bits)": tables(second)}
+        text = (folder / "table.md").read_text()
+        for name, sentence in SECOND.items():
+            text, _, second = text.partition(sentence)
+            measured[f"{folder.name} ({NAMES[name]})"] = tables(second)
+        measured[folder.name] = tables(text)
     _, section = (ROOT / "README.md").read_text().split("\n## Does it work?\n")
     shown = {}
     for head, body in tables(section.split("\n## ")[0]):

@@ -164,23 +164,25 @@ def test_runs_that_diverged_before_any_readout_have_a_table_too(tmp_path):
 
 def test_both_readings_of_encoders_with_bits_are_shown():
     results = made("randbit", recipes=("v2",), bits=(0, 3), temperatures=(0.2,), shared=True)
-    assert SECOND not in table(made("randbit", bits=(0, 3)))
-    first, second = table(results).split(SECOND)
+    assert SECOND[SHARED] not in table(made("randbit", bits=(0, 3)))
+    first, second = table(results).split(SECOND[SHARED])
     own = [{k: v for k, v in result.items() if k != SHARED} for result in results]
     assert cells(first) == cells(table(own)) and cells(second) == cells(table(second_reading(results)))
     for one, two in zip(cells(first)[0], cells(second)[0], strict=True):
         assert (one == two) == (one["bits"] != "3")  # chance, and runs without bits, are the same
     alone = [result for result in results if result["bits"] == 3]
-    assert len(cells(table(alone).split(SECOND)[1])[0]) == 2 + 3
+    assert len(cells(table(alone).split(SECOND[SHARED])[1])[0]) == 2 + 3
     assert "were not read with the same bits" not in table(results) + table(made("randbit", bits=(0, 3)))
     old = [r if r["seed"] else {k: v for k, v in r.items() if k != SHARED} for r in results]
-    counts = {(row["bits"], row["seeds"]) for row in cells(table(old).split(SECOND)[1])[0]}
+    counts = {(row["bits"], row["seeds"]) for row in cells(table(old).split(SECOND[SHARED])[1])[0]}
     assert counts == {("", ""), ("0", "3"), ("3", "2")}  # what has no second reading has no place in it
     names = ", ".join(r["name"] for r in old if r["bits"] and r["seed"] == 0)
     assert f"These were not read with the same bits for all images: {names}\n" in table(old)
     only = [r if not r["trained"] else {k: v for k, v in r.items() if k != SHARED} for r in results]
-    assert SECOND not in table(only) and "same bits for all" not in table(only)  # no trained run has it
-    wild = table(diverged(results, bits=3, epsilon=0.5)).split(SECOND)[1]
+    assert SECOND[SHARED] not in table(only) and "same bits for all" not in table(
+        only
+    )  # no trained run has it
+    wild = table(diverged(results, bits=3, epsilon=0.5)).split(SECOND[SHARED])[1]
     assert cells(wild)[0][-1]["seeds"] == "0, 3 diverged"
 
 
