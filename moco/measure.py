@@ -34,9 +34,12 @@ def measure(folder, factors, device, checkpoint=None, path=None, read=None, rene
     Everything is a function of these, the number of threads and the machine.
     """
     from moco.bench_report import machine
+    from moco.plain_loss import plain_loss
     from moco.versions import versions
 
     settings = checkpoint["settings"] if checkpoint else untrained
+    if renew and settings.get("random_bits", 0):
+        raise UserError("--renew-statistics does not go with random bits; leave it out")
     model = _model(checkpoint, path, settings)
     model.to(device)
     encoder = model.encoder_q if checkpoint else model
@@ -60,53 +63,6 @@ def measure(folder, factors, device, checkpoint=None, path=None, read=None, rene
         }
     result |= {"versions": versions(), "hardware": machine(device)}
     return result
-
-
-def plain_loss(model, folder, settings, device):
-    """InfoNCE and its accuracy in percent over an epoch of training pairs that changes no weight.
-
-    It is the epoch that would come next, with the views that it would have, in the run's own arrangement
-    (shuffled BatchNorm over groups, a queue that moves on), at a learning rate of 0 and a key momentum of 1:
-    so it means the same for every epsilon, whose own training loss has the perturbation in it. New keys come
-    from the key encoder as it was at the end, while in training old keys are of older weights and easier to
-    tell apart: so also without IFM this is not the training loss. BatchNorm's running statistics and the
-    queue of `model` (a MoCo) change.
-    """
-    import torch
-
-    from moco.data import Loading, image_folder
-    from moco.distributed import Process
-    from moco.draws import pretraining
-    from moco.finish import finisher
-    from moco.meters import Meter, rank_accuracy
-    from moco.random_bits import RandomBits
-    from moco.seeds import STEP, fold, shuffle_order
-
-    recipe = pretraining(settings["aug_plus"], settings.get("crops_only", False))
-    cache = "device" if settings["resize"] == "device" else None
-    resize = "torch" if cache else settings["resize"]
-    loading = Loading(settings["image_size"], resize, settings["batch_size"], 0, None, cache)
-    process = Process.alone(device)
-    aug, seed, epoch = settings["device_aug"], settings["seed"], settings["epochs"]
-    loader = loading.training(
-        image_folder(folder, "train"), recipe, process, seed,
-        photometric=aug == "off", bn_splits=settings["bn_splits"],
-    )  # fmt: skip
-    finish, _ = finisher(aug, recipe, device)
-    loader.batch_sampler.epoch = epoch
-    bits = RandomBits(settings.get("random_bits", 0), seed, loader.batch_sampler)
-    model.train()
-    model.m = 1.0
-    loss_meter, top1 = Meter("Loss", ".4f"), Meter("Acc@1", ".2f")
-    for step, batch in enumerate(loader):
-        im_q, im_k = bits(finish(batch), step)
-        torch.manual_seed(fold(seed, STEP, epoch, step, 0))
-        with torch.no_grad():
-            order = shuffle_order(seed, epoch, step, len(im_q))
-            loss, ranks, *_ = model(im_q, im_k, weights=(1.0, 0.0), order=order)
-        loss_meter.update(loss, len(ranks))
-        top1.update(rank_accuracy(ranks)[0], len(ranks))
-    return loss_meter.mean, top1.mean
 
 
 def features(encoder, images, size, device, bits=None):
@@ -141,8 +97,6 @@ def _renew(encoder, folder, factor, settings, device):
     from moco.data import labelled_folders
     from moco.renewal import renew_statistics
 
-    if settings.get("random_bits", 0):
-        raise UserError("--renew-statistics does not go with random bits; leave it out")
     train, _, _ = labelled_folders(folder, None if factor == AS_FOLDERS else factor)
     renew_statistics(encoder, train, settings["image_size"], device)
 

@@ -21,6 +21,7 @@ from moco.draws import moco_v2
 from moco.encoders import base_encoder
 from moco.errors import UserError
 from moco.factors import factors_of
+from moco.plain_loss import plain_loss
 from moco.random_bits import HELD_OUT, TRAIN, bits_of, with_input_channels
 from moco.sweep import DIVERGED
 from moco.views import normalise
@@ -96,7 +97,7 @@ def test_other_images_are_read_than_those_of_the_loss(combinations, folders, mon
     assert found["readout"]["shape"]["accuracy"] == 100
     model, asked = SimpleNamespace(encoder_q=Looks(), to=lambda device: None), []
     monkeypatch.setattr(measure, "_model", lambda *_: model)
-    monkeypatch.setattr(measure, "plain_loss", lambda *given: (asked.append(given[1]), (1.5, 2.5))[1])
+    monkeypatch.setattr("moco.plain_loss.plain_loss", lambda *given: (asked.append(given[1]), (1.5, 2.5))[1])
     checkpoint = {"settings": {"image_size": 16, "seed": 0}, "log": {"Loss": (4.0, 2), "Acc@1": (1.0, 2)}}
     found = measure.measure(folders, ["shape"], CPU, checkpoint, read=combinations)
     assert asked == [folders] and found["losses"]["info_nce"] == 1.5
@@ -195,15 +196,15 @@ def test_the_plain_loss_is_infonce_written_out_and_changes_no_weight(folders):
     model = small_moco()
     before = copy.deepcopy(model.state_dict())
     expected = literal(copy.deepcopy(model).train(), folders, epoch=2)
-    found = measure.plain_loss(model, folders, settings(), CPU)
+    found = plain_loss(model, folders, settings(), CPU)
     assert found == pytest.approx(expected, rel=1e-5)
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name
     assert not torch.equal(model.queue, before["queue"])  # negative control: the model was at work
     assert literal(small_moco().train(), folders, epoch=1)[0] != pytest.approx(found[0], rel=1e-3)
     with_ifm = small_moco(epsilon=0.5)  # the same measure for every epsilon
-    assert measure.plain_loss(with_ifm, folders, settings(), CPU) == found
-    apart = measure.plain_loss(small_moco(bn_splits=2), folders, settings(bn_splits=2), CPU)
+    assert plain_loss(with_ifm, folders, settings(), CPU) == found
+    apart = plain_loss(small_moco(bn_splits=2), folders, settings(bn_splits=2), CPU)
     assert apart[0] != pytest.approx(found[0], rel=1e-3)  # in the run's own arrangement
 
 

@@ -21,7 +21,7 @@ from sweep_results import (
 )
 
 from moco.intervals import interval, t_quantile
-from moco.measure import SHARED
+from moco.measure import RENEWED, SHARED
 from moco.shortcuts_report import SECOND, table, write_report
 
 
@@ -162,6 +162,19 @@ def test_runs_that_diverged_before_any_readout_have_a_table_too(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
 
 
+def test_both_readings_with_statistics_are_shown():
+    results, other = made(recipes=("crops",)), made(recipes=("crops",))[::-1]
+    results = [r | {RENEWED: o["readout"]} for r, o in zip(results, other, strict=True)]
+    first, second = table(results).split(SECOND[RENEWED])
+    renewed = [{**r, "readout": r[RENEWED]} for r in results]
+    assert cells(first) == cells(table(made(recipes=("crops",)))) != cells(second)
+    assert cells(second) == cells(table(renewed).split(SECOND[RENEWED])[0])
+    old = [r if r["seed"] else {k: v for k, v in r.items() if k != RENEWED} for r in results]
+    names = ", ".join(r["name"] for r in old if r["seed"] == 0)
+    assert f"These were not read with renewed statistics of BatchNorm: {names}\n" in table(old)
+    assert "statistics" not in table(made())
+
+
 def test_both_readings_of_encoders_with_bits_are_shown():
     results = made("randbit", recipes=("v2",), bits=(0, 3), temperatures=(0.2,), shared=True)
     assert SECOND[SHARED] not in table(made("randbit", bits=(0, 3)))
@@ -179,9 +192,8 @@ def test_both_readings_of_encoders_with_bits_are_shown():
     names = ", ".join(r["name"] for r in old if r["bits"] and r["seed"] == 0)
     assert f"These were not read with the same bits for all images: {names}\n" in table(old)
     only = [r if not r["trained"] else {k: v for k, v in r.items() if k != SHARED} for r in results]
-    assert SECOND[SHARED] not in table(only) and "same bits for all" not in table(
-        only
-    )  # no trained run has it
+    text = table(only)  # no trained run has it
+    assert SECOND[SHARED] not in text and "same bits for all" not in text
     wild = table(diverged(results, bits=3, epsilon=0.5)).split(SECOND[SHARED])[1]
     assert cells(wild)[0][-1]["seeds"] == "0, 3 diverged"
 
