@@ -11,15 +11,19 @@ import json
 from pathlib import Path
 
 from moco.errors import UserError, run_program
+from moco.measure import NAMES
 from moco.pictures import check_picture, save_picture
-from moco.shortcuts_report import difference_cells, head_lines, line
+from moco.shortcuts_remarks import on_failures
+from moco.shortcuts_report import SECOND, difference_cells, head_lines, line
 from moco.shortcuts_results import (
     SETTING,
     WORST,
     columns_of,
+    number,
     over_temperatures,
     rows,
     score,
+    second_readings,
     sound,
     untrained,
 )
@@ -45,62 +49,92 @@ def main():
         print(f"\n{args.out}")
 
 
-def figure(first, second):
-    """matplotlib's Figure of two sweeps in folders; see `comparison`."""
-    from moco.shortcuts_compare_figure import figure_of
-
-    results, _, columns = _both(first, second)
-    return figure_of([Path(folder).name for folder in (first, second)], results, columns)
-
-
 def comparison(first, second):
     """Markdown: means over seeds of readouts in the folder `first` less those in `second`, 95 % intervals.
 
-    Of settings (recipe, T, bits, epsilon) in both, and of the untrained encoders, which are 0 where these
-    are the same; runs that diverged are left out, and of two readings of random bits the second is. Raises
-    UserError when a folder holds no finished run or no setting is in both, and when the two were read from
-    different pictures or for different factors.
+    Each setting (recipe, T, bits, epsilon) of the first less the same of the second, or where that has not
+    this epsilon, less its epsilon 0; untrained encoders too, which are 0 where they are the same. Runs that
+    diverged are counted. If both were read in a second way, so a second table of that. Raises UserError when
+    a folder holds no run that was read or no pair is in both, and when the two were read from different
+    pictures or for different factors.
     """
     results, settings, columns = _both(first, second)
-    pairs = differences(*results, columns)
-    trained = {key: found for key, found in pairs.items() if key[0] != UNTRAINED}
-    if not trained:
-        raise UserError(
-            f"no trained run of {first} has the same T, epsilon, recipe and seed as one of {second}"
-        )
-    pairs |= over_temperatures(trained, {key[:3] for key in trained})
-    names = [name for name in SETTING if name != "bits" or any(key[2] for key in pairs)]
     lines = [
         f"Linear readout of {Path(first).name} less that of {Path(second).name} with the same seed: points.",
-        _differences_in_settings(*settings),
+        *_on_settings(*settings),
         "",
-        *head_lines([*names, "seeds", *columns]),
-        *(line(difference_cells(key, of_seeds, names, columns)) for key, of_seeds in pairs.items()),
+        *_table(*results, columns),
     ]
-    factors = [column for column in columns if column != WORST]
-    cells = sum(len(factors) for key, found in pairs.items() if len(found) > 1 and key[0] != UNTRAINED)
-    if cells:
-        lines += [
-            "",
-            f"If nothing differed, about {cells / 20:.1f} of the {cells} intervals of factors of trained "
-            "encoders would leave out 0.",
-        ]
+    seconds = [second_readings(of_sweep) for of_sweep in results]
+    for reading in seconds[0]:
+        if reading in seconds[1]:
+            lines += ["", SECOND[reading], "", *_table(*(found[reading] for found in seconds), columns)]
+    for folder, found in zip((first, second), results, strict=True):
+        lines += [line for told in on_failures(found) for line in ("", f"{Path(folder).name}: {told}")]
     return "\n".join(lines) + "\n"
 
 
+def figure(first, second):
+    """matplotlib's Figure of two sweeps in folders, as both were read last; see `comparison`."""
+    from moco.shortcuts_compare_figure import figure_of
+
+    results, _, columns = _both(first, second)
+    seconds = [second_readings(of_sweep) for of_sweep in results]
+    how = next((reading for reading in reversed(seconds[0]) if reading in seconds[1]), None)
+    results = [found[how] for found in seconds] if how else results
+    return figure_of([Path(folder).name for folder in (first, second)], results, columns, NAMES.get(how))
+
+
 def differences(first, second, columns):
-    """{setting: {seed: {column: difference}}} of seeds in both; of untrained encoders first."""
-    pairs = {}
+    """{(*setting, epsilon of the second): {seed: {column: difference}}}; and how many pairs diverged, alike.
+
+    Of untrained encoders first. Seeds are those in both.
+    """
+    pairs, bad = {}, {}
     for bits in sorted({run["bits"] for run in untrained(first)}):
-        mine, theirs = ({run["seed"]: run for run in untrained(r, bits)} for r in (first, second))
-        pairs[UNTRAINED, "", bits, ""] = mine, theirs
+        pairs[UNTRAINED, "", bits, "", ""] = [
+            {run["seed"]: run for run in untrained(of_sweep, bits)} for of_sweep in (first, second)
+        ]
     found, base = rows(first), rows(second)
-    pairs |= {key: (sound(found[key]), sound(base[key])) for key in found if key in base}
-    of_seeds = {
-        key: {s: {c: score(mine[s], c) - score(theirs[s], c) for c in columns} for s in mine if s in theirs}
-        for key, (mine, theirs) in pairs.items()
-    }
-    return {key: found for key, found in of_seeds.items() if found}
+    for key, runs in found.items():
+        same = key if key in base else (*key[:3], 0.0)
+        if same in base:
+            pairs[(*key, same[3])] = runs, base[same]
+    for key, both in pairs.items():
+        seeds = both[0].keys() & both[1].keys()
+        mine, theirs = map(sound, both)
+        bad[key] = len(seeds - (mine.keys() & theirs.keys()))
+        pairs[key] = {
+            s: {c: score(mine[s], c) - score(theirs[s], c) for c in columns}
+            for s in sorted(mine.keys() & theirs.keys())
+        }
+    there = [key for key in pairs if pairs[key] or bad[key]]
+    return {key: pairs[key] for key in there}, {key: bad[key] for key in there}
+
+
+def _table(first, second, columns):
+    """The lines of one way of reading."""
+    pairs, bad = differences(first, second, columns)
+    trained = {key: found for key, found in pairs.items() if key[0] != UNTRAINED}
+    for less in sorted({key[4] for key in trained}):
+        mine = {key[:4]: found for key, found in trained.items() if key[4] == less}
+        together = over_temperatures(mine, {key[:3] for key in mine})
+        pairs |= {(*key, less): found for key, found in together.items()}
+    names = [name for name in SETTING if name != "bits" or any(key[2] for key in pairs)]
+    yield from head_lines([*names, "less epsilon", "seeds", *columns])
+    for key, of_seeds in pairs.items():
+        cells = difference_cells(key[:4], of_seeds, names, columns)
+        less = key[4] if key[4] == "" else number(key[4])
+        count = cells[len(names)] + (f", {bad[key]} diverged" if bad.get(key) else "")
+        yield line([*cells[: len(names)], less, count, *cells[len(names) + 1 :]])
+    factors = [column for column in columns if column != WORST]
+    cells = sum(len(factors) for key, found in pairs.items() if len(found) > 1 and key[0] != UNTRAINED)
+    if cells:
+        yield from (
+            "",
+            f"If nothing differed, about {cells / 20:.1f} of the {cells} intervals of factors of trained "
+            "encoders would leave out 0.",
+        )
 
 
 def _both(first, second):
@@ -123,13 +157,24 @@ def _both(first, second):
     if columns[0] != columns[1]:
         each = " and ".join(", ".join(found) for found in columns)
         raise UserError(f"{first} and {second} were read for different factors: {each}")
+    if not any(key[0] != UNTRAINED for key in differences(*results, columns[0])[0]):
+        raise UserError(f"no trained run of {first} has the same T, recipe and seed as one of {second}")
     return results, settings, columns[0]
 
 
-def _differences_in_settings(first, second):
+def _on_settings(first, second):
+    """In what the sweeps differ, by what was taken out of pictures and by all else."""
     names = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
-    each = "; ".join(f"{name} {first.get(name)} and {second.get(name)}" for name in names)
-    return f"The sweeps' settings differ in {each}." if each else "The sweeps have the same settings."
+    each = {name: f"{name} {first.get(name)} and {second.get(name)}" for name in names}
+    each.pop("renew_statistics", None)  # one reading more
+    pictures = [each.pop(name) for name in ("hide", "read_without") if name in each]
+    if pictures:
+        yield f"The sweeps differ in pictures: {'; '.join(pictures)}."
+    if each:
+        others = "; ".join(each.values())
+        yield f"They differ in more than pictures, so differences are of that, too: {others}."
+    if not pictures and not each:
+        yield "The sweeps have the same settings."
 
 
 def _settings(folder):

@@ -18,11 +18,13 @@ NOTE = (
 )
 
 
-def figure_of(names, results, columns):
+def figure_of(names, results, columns, how=None):
     """matplotlib's Figure of two sweeps of these names: a panel for each factor, recipe, T and random bits.
 
-    results: (of the first, of the second), lists of runs, of which some settings are in both.
+    results: (of the first, of the second), lists of runs, of which some settings are in both. how: the way
+    in which encoders were read, if it is a second one.
     """
+    diverged = sum(result.get("diverged", False) for of_sweep in results for result in of_sweep)
     found = [{key: sound(runs) for key, runs in rows(of_sweep).items()} for of_sweep in results]
     recipes, temperatures, bits = (sorted({key[n] for key in found[0] if key in found[1]}) for n in range(3))
     lines = list(product(recipes, (column for column in columns if column != WORST)))
@@ -42,7 +44,12 @@ def figure_of(names, results, columns):
         figure.align_ylabels(axes[:, 0])
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-        figure.supxlabel(NOTE, fontsize="small", x=0.01, ha="left")
+        note = (
+            NOTE
+            + f" Read with {how}." * bool(how)
+            + f" Runs that diverged, left out: {diverged}." * bool(diverged)
+        )
+        figure.supxlabel(note, fontsize="small", x=0.01, ha="left")
     return figure
 
 

@@ -14,8 +14,7 @@ def remarks(results):
         yield f"All pictures have the same {hidden}, those to train on and those to read from."
     for hidden in sorted({r["read_without"] for r in results if r.get("read_without")}):
         yield f"Trained on all factors, and read from the same pictures with one {hidden} for all."
-    yield from (f"{run['name']} diverged: {run['reason']}" for run in results if run.get("diverged"))
-    yield from _on_convergence(results)
+    yield from on_failures(results)
     for reading, words in NOT_READ.items():
         if reading in second_readings(results) and (names := without_reading(results, reading)):
             yield f"These were not read with {words}: {', '.join(names)}"
@@ -23,8 +22,9 @@ def remarks(results):
     yield from _on_differences_in_making(results)
 
 
-def _on_convergence(results):
-    """Which readouts did not converge, or only in a fit that was made to choose the weight decay."""
+def on_failures(results):
+    """Which runs diverged, and which readouts did not converge, or not in a fit made to choose the decay."""
+    yield from (f"{run['name']} diverged: {run['reason']}" for run in results if run.get("diverged"))
     from moco.readout import TOLERANCE  # not before a sweep's arguments are checked: it imports torch
 
     taken, tried = {}, {}

@@ -10,7 +10,9 @@ from test_shortcuts_figure import curves
 
 from moco import shortcuts_compare
 from moco.errors import UserError
+from moco.measure import RENEWED
 from moco.shortcuts_compare import comparison, figure
+from moco.shortcuts_report import SECOND
 from moco.sweep import RESULTS, SETTINGS
 
 WITH, WITHOUT = {"image_size": 32, "read_without": "color"}, {"image_size": 32, "hide": "color"}
@@ -46,16 +48,21 @@ def test_differences_are_paired_by_seed(tmp_path, capsys, monkeypatch):
     text = comparison(*folders)
     assert text.splitlines()[:2] == [
         "Linear readout of a less that of b with the same seed: points.",
-        "The sweeps' settings differ in hide None and color; read_without color and None.",
+        "The sweeps differ in pictures: hide None and color; read_without color and None.",
     ]
     assert "about 2.7 of the 54 intervals" in text  # 12 places and 6 over both T, of three factors
     table = cells(text)
-    assert table[0] == {"recipe": "untrained", "T": "", "epsilon": "", "seeds": "3"} | dict.fromkeys(
-        (*FACTORS, "worst"), "+0.0 ± 0.0"
-    )
+    assert table[0] == {
+        "recipe": "untrained",
+        "T": "",
+        "epsilon": "",
+        "less epsilon": "",
+        "seeds": "3",
+    } | dict.fromkeys((*FACTORS, "worst"), "+0.0 ± 0.0")
     assert len(table) == 1 + 12 + 6
     for row in table[1:]:
         place = {"recipe": row["recipe"], "epsilon": float(row["epsilon"]), "trained": True}
+        assert row["less epsilon"] == row["epsilon"]
         temperatures = [0.07, 0.2] if row["T"] == "all" else [float(row["T"])]
         for factor in (*FACTORS, "worst"):
             apart = [scores(of(first, **place, T=T), factor) - scores(of(base, **place, T=T), factor)
@@ -75,11 +82,60 @@ def test_only_what_both_have_is_compared(tmp_path):
     text = comparison(*folders)
     assert "The sweeps have the same settings." in text
     found = [(row["recipe"], row["T"], row["epsilon"], row["seeds"]) for row in cells(text)]
-    places = [
-        ("crops", "0.2", epsilon, seeds) for epsilon, seeds in (("0", "1"), ("0.05", "2"), ("0.5", "2"))
-    ]
+    counts = (("0", "1, 1 diverged"), ("0.05", "2"), ("0.5", "2"))
+    places = [("crops", "0.2", epsilon, count) for epsilon, count in counts]
     assert found == [("untrained", "", "", "2"), *places]
+    (wild,) = (run["name"] for run in part if run.get("diverged"))
+    assert f"\na: {wild} diverged: the loss of epoch 3 became nan or infinite\n" in text
     assert "±" not in cells(text)[1]["shape"] and "about 0.3 of the 6 intervals" in text
+
+
+def test_an_epsilon_that_the_second_lacks_is_compared_with_its_epsilon_0(tmp_path):
+    base = made(recipes=("crops",))
+    first = list(others(base))
+    plain = [r for r in base if not r["trained"] or r["epsilon"] == 0]
+    table = cells(
+        comparison(folder_of(tmp_path / "a", first, WITH), folder_of(tmp_path / "b", plain, WITHOUT))
+    )
+    assert {(row["epsilon"], row["less epsilon"]) for row in table[1:]} == {
+        (e, "0") for e in ("0", "0.05", "0.5")
+    }
+    (row,) = (row for row in table if (row["T"], row["epsilon"]) == ("0.2", "0.5"))
+    values = scores(of(first, T=0.2, epsilon=0.5), "shape") - scores(of(plain, T=0.2, epsilon=0), "shape")
+    assert row["shape"] == f"{values.mean():+.1f} ± {half(values):.1f}"
+
+
+def test_runs_that_all_diverged_keep_their_row(tmp_path):
+    base = made(recipes=("crops",))
+    wild = diverged(base, epsilon=0.5, T=0.2)
+    text = comparison(folder_of(tmp_path / "a", wild, WITH), folder_of(tmp_path / "b", base, WITH))
+    row = next(row for row in cells(text) if (row["T"], row["epsilon"]) == ("0.2", "0.5"))
+    assert row["seeds"] == "0, 3 diverged" and row["shape"] == "" and text.count(" diverged: the loss") == 3
+
+
+def test_two_readings_are_compared_each_with_its_own(tmp_path):
+    base, other = made(recipes=("crops",)), made(recipes=("crops",))[::-1]
+    first, second = list(others(base)), list(others(other))
+    one = [r | {RENEWED: o["readout"]} for r, o in zip(first, other, strict=True)]
+    two = [r | {RENEWED: o["readout"]} for r, o in zip(base, second, strict=True)]
+    folders = folder_of(tmp_path / "a", one, WITH), folder_of(tmp_path / "b", two, WITHOUT)
+    own, renewed = comparison(*folders).split(SECOND[RENEWED])
+    assert cells(own) == cells(comparison(folder_of(tmp_path / "c", first, WITH), folders[1]))
+    plain = [[r | {"readout": r[RENEWED]} for r in of_sweep] for of_sweep in (one, two)]
+    again = [folder_of(tmp_path / n, [{k: v for k, v in r.items() if k != RENEWED} for r in p], WITH)
+             for n, p in zip("de", plain, strict=True)]  # fmt: skip
+    assert cells(renewed) == cells(comparison(*again)) != cells(own)
+    picture = figure(*folders)
+    assert "Read with renewed statistics." in picture._supxlabel.get_text()
+    values = [scores(of(plain[0], T=0.07, epsilon=e), "shape").mean() for e in EPSILONS]
+    assert curves(picture.axes[0])["a"][1] == pytest.approx(values)
+
+
+def test_what_else_differs_between_sweeps_is_told(tmp_path):
+    base = made(recipes=("crops",))
+    first = folder_of(tmp_path / "a", base, WITH | {"epochs": 12, "renew_statistics": True})
+    text = comparison(first, folder_of(tmp_path / "b", base, WITHOUT | {"epochs": 36}))
+    assert "They differ in more than pictures, so differences are of that, too: epochs 12 and 36.\n" in text
 
 
 def test_random_bits_are_a_column(tmp_path):
@@ -103,7 +159,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     ):
         comparison(first, folder_of(tmp_path / "two", two, WITHOUT))
     apart = [r | {"seed": r["seed"] + len(SEEDS)} for r in base]
-    with pytest.raises(UserError, match="no trained run of .*a has the same T, epsilon, recipe and seed"):
+    with pytest.raises(UserError, match="no trained run of .*a has the same T, recipe and seed"):
         comparison(first, folder_of(tmp_path / "apart", apart, WITH))
     with pytest.raises(UserError, match="empty has no run that was read; let its sweep finish some"):
         comparison(first, folder_of(tmp_path / "empty", [], WITH))
