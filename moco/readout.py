@@ -136,9 +136,7 @@ class _PrincipalAxes:
             while objective(theta + share * step) > before + 1e-4 * share * slope and share > 1e-6:
                 share /= 2
             theta = theta + share * step
-            theta = theta - theta.mean(
-                dim=0
-            )  # the same for all classes: changes no p, and weights get shorter
+            theta = theta - theta.mean(dim=0)  # what all classes share changes no p, and counts as weight
         weight = theta[:, :-1] @ self.axes.T
         return Fit(weight, theta[:, -1] - weight @ self.mean, steps, length)
 
@@ -152,7 +150,10 @@ class _PrincipalAxes:
             moved = direction @ self.xt
             moved = p * (moved - (p * moved).sum(dim=0))
             product = moved @ self.x / len(self.x) + decay * direction
-            share = overlap / (direction * product).sum()
+            curvature = (direction * product).sum()
+            if not curvature > 0:  # flat up to rounding: nothing is left to gain along it
+                break
+            share = overlap / curvature
             step = step + share * direction
             residual = residual - share * product
             if residual.norm() <= tolerance:

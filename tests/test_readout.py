@@ -52,6 +52,15 @@ def test_the_gradient_that_a_fit_tells_is_that_of_its_objective():
         assert own.gradient == pytest.approx(literal, rel=1e-3, abs=1e-8)
 
 
+def test_classes_that_one_feature_tells_apart_by_far_converge():
+    targets = torch.arange(40) % 2
+    features = torch.stack([1e4 * (targets - 0.5), torch.zeros(40)], 1).double()  # p is 0 or 1 after a step
+    own = fit(features, targets, 2, 1e-4)
+    assert own.converged and own.predict(features).tolist() == targets.tolist()
+    alone = fit(torch.zeros(40, 3).double(), targets, 2, 1e-4)  # nothing but the biases
+    assert alone.converged and float(alone.weight.abs().max()) == 0
+
+
 def test_few_samples_of_features_that_go_together_converge():
     for seed in (0, 1):  # one axis has most of the variance: there entries for V say little about W
         generator = torch.Generator().manual_seed(seed)
