@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 
 from moco.intervals import interval
-from moco.measure import NAMES
+from moco.measure import NAMES, RENEWED
+from moco.shortcuts_compare import comparison
 from moco.shortcuts_report import SECOND, cell, table
 from moco.sweep import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = sorted(path.parent for path in (ROOT / ".results").glob("*/results.jsonl"))
-EXCERPTS = {"trifeature-short-grid", "randbit-one-reading", "randbit-lr"}  # of which the README shows a part
+RENEWED_NAME, LESS = " (renewed statistics)", " less "
+COMPARED = "with_color", "without_color"
+EXCERPTS = {  # of which the README shows a part
+    "trifeature64", "trifeature-short-grid", "randbit-one-reading", "randbit-lr", "randbit-lr (shared bits)",
+    "with_color20", "without_color20", LESS.join(COMPARED),
+}  # fmt: skip
 NAMED = "runs"  # the first column of tables with rows of several sweeps
 
 
@@ -32,6 +38,9 @@ def test_the_readme_shows_what_was_measured():
             text, _, second = text.partition(sentence)
             measured[f"{folder.name} ({NAMES[name]})"] = tables(second)
         measured[folder.name] = tables(text)
+    first, _, second = comparison(*(ROOT / ".results" / name for name in COMPARED)).partition(SECOND[RENEWED])
+    name = LESS.join(COMPARED)
+    measured |= {name: tables(first), name + RENEWED_NAME: tables(second)}
     _, section = (ROOT / "README.md").read_text().split("\n## Does it work?\n")
     shown = {}
     for head, body in tables(section.split("\n## ")[0]):
@@ -39,13 +48,38 @@ def test_the_readme_shows_what_was_measured():
             name = row[0] if head[0] == NAMED else "trifeature"
             first = int(head[0] == NAMED)
             shown.setdefault(name, []).append((head[first:], row[first:]))
-    assert shown.keys() <= measured.keys() and {folder.name for folder in SWEEPS} <= shown.keys()
+    named = {name.removesuffix(RENEWED_NAME) for name in shown}
+    assert shown.keys() <= measured.keys() and {folder.name for folder in SWEEPS} <= named
     for name, found in shown.items():
         assert [one for one in found if one not in flat(measured[name])] == []
-        if name.split(" ")[0] not in EXCERPTS:  # none is left out: of further sweeps, no difference
-            needed = measured[name][0 if name == "trifeature" else 1 :]
+        if name not in EXCERPTS:  # none is left out: of further sweeps, no difference
+            needed = measured[name][0 if name == "trifeature" or LESS in name else 1 :]
             assert [one for one in flat(needed) if one not in found] == []
     assert len(shown["trifeature"]) == 40
+
+
+def test_untrained_encoders_are_read_by_both_kinds_of_fit_to_the_same_accuracies():
+    found = [read_results(ROOT / ".results" / name) for name in ("hidden_color", "without_color")]
+    one, two = (
+        {
+            (r["seed"], f): readout["accuracy"]
+            for r in of
+            for f, readout in r["readout"].items()
+            if not r["trained"]
+        }
+        for of in found
+    )
+    assert one == two and len(one) == 6
+
+
+def test_the_readme_says_in_how_many_pairs_colour_takes_from_texture():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    first, second = (read_results(ROOT / ".results" / name) for name in COMPARED)
+    plain = {(r["T"], r["seed"]): r for r in second if r["trained"]}
+    for reading, words in (("readout", "with colour in {} of 24"), (RENEWED, "with it in {} of 24")):
+        pairs = [(r, plain[r["T"], r["seed"]]) for r in first if r["trained"]]
+        lower = sum(a[reading]["texture"]["accuracy"] < b[reading]["texture"]["accuracy"] for a, b in pairs)
+        assert len(pairs) == 24 and words.format(lower) in text
 
 
 def test_the_readme_says_of_texture_and_cost_what_pairs_of_runs_give():
