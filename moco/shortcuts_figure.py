@@ -126,7 +126,11 @@ def _note(found, of_bits, twice):
     if WORST in found.columns:
         second = f"Worst: the factor that a run reads worst. {second}"
     if twice:
-        second += " Shared bits: all images read with those of one."
+        shared, own = (
+            " Shared bits: all images read with those of one.",
+            " Read with BatchNorm's own statistics.",
+        )
+        second += shared if of_bits else own
     if found.diverged:
         second += f" {found.diverged} of {found.tried} runs diverged and are left out."
     return f"{first}\n{second}"

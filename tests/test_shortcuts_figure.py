@@ -19,6 +19,7 @@ from sweep_results import (
     second_reading,
 )
 
+from moco.measure import RENEWED
 from moco.shortcuts_figure import draw, figure_of
 
 
@@ -187,3 +188,14 @@ def test_of_one_factor_the_gain_is_its_own():
         "",
     }
     assert "worst" not in figure.get_supxlabel().lower()
+
+
+def test_a_sweep_with_renewed_statistics_shows_the_first_reading_and_says_so():
+    results = made(recipes=("crops",))
+    renewed = [r | {RENEWED: o["readout"]} for r, o in zip(results, results[::-1], strict=True)]
+    plain, figure = (figure_of("trifeature", found) for found in (results, renewed))
+    for one, two in zip(plain.axes, figure.axes, strict=True):
+        assert list(map(str, curves(one).values())) == list(map(str, curves(two).values()))
+    assert (
+        figure._supxlabel.get_text() == plain._supxlabel.get_text() + " Read with BatchNorm's own statistics."
+    )
