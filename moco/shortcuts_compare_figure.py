@@ -26,7 +26,8 @@ def figure_of(names, results, columns, how=None):
     """
     diverged = sum(result.get("diverged", False) for of_sweep in results for result in of_sweep)
     found = [{key: sound(runs) for key, runs in rows(of_sweep).items()} for of_sweep in results]
-    recipes, temperatures, bits = (sorted({key[n] for key in found[0] if key in found[1]}) for n in range(3))
+    shared = [key for key in found[0] if key in found[1] or (*key[:3], 0.0) in found[1]]
+    recipes, temperatures, bits = (sorted({key[n] for key in shared}) for n in range(3))
     lines = list(product(recipes, (column for column in columns if column != WORST)))
     places = list(product(temperatures, bits))
     with own_style() as matplotlib:

@@ -103,6 +103,10 @@ def test_an_epsilon_that_the_second_lacks_is_compared_with_its_epsilon_0(tmp_pat
     (row,) = (row for row in table if (row["T"], row["epsilon"]) == ("0.2", "0.5"))
     values = scores(of(first, T=0.2, epsilon=0.5), "shape") - scores(of(plain, T=0.2, epsilon=0), "shape")
     assert row["shape"] == f"{values.mean():+.1f} ± {half(values):.1f}"
+    perturbed = [r for r in first if not r["trained"] or r["epsilon"]]
+    alone = folder_of(tmp_path / "c", perturbed, WITH)
+    axes = figure(alone, tmp_path / "b").axes
+    assert len(axes) == 6 and len(curves(axes[0])["c"][0]) == 2 and len(curves(axes[0])["b"][0]) == 1
 
 
 def test_runs_that_all_diverged_keep_their_row(tmp_path):
