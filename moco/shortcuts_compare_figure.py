@@ -14,7 +14,7 @@ LOOKS = (
 )
 NOTE = (
     "Percent of held-out images. Bars and bands: 95 % t intervals over seeds; hollow: of one run, which has\n"
-    "none. Dashed: the second sweep at epsilon 0. Epsilon: evenly spaced."
+    "none. Epsilon: evenly spaced."
 )
 
 
@@ -64,11 +64,13 @@ def _panel(axis, names, found, starts, place, factor):
         }
         curve(axis, values, aside(n, len(names)), label=literal(name), **looks)
     plain = [score(run, factor) for run in of_place[1].get(0, {}).values()]
-    for values, color, style in ((plain, RED, "--"), ([score(run, factor) for run in starts], "gray", ":")):
+    for values, color, style, label in (
+        (plain, RED, "--", literal(f"{names[1]}, epsilon 0")),
+        ([score(run, factor) for run in starts], "gray", ":", "untrained"),
+    ):
         mean, half = interval(values)
-        label = {"label": "untrained"} if color == "gray" else {}
         if not math.isnan(mean):
-            axis.axhline(mean, color=color, linestyle=style, linewidth=1, **label)
+            axis.axhline(mean, color=color, linestyle=style, linewidth=1, label=label)
         if not math.isnan(half):
             axis.axhspan(mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
     axis.set_xticks(range(len(epsilons)), [number(epsilon) for epsilon in epsilons])

@@ -195,7 +195,7 @@ def test_the_picture_holds_both_readouts_and_the_levels(tmp_path, capsys, monkey
             ways = {"--": of(plain, T=T, epsilon=0), ":": of(base, trained=False)}
             assert levels == pytest.approx({k: scores(runs, factor).mean() for k, runs in ways.items()})
     labels = [text.get_text() for text in picture.legends[0].get_texts()]
-    assert sorted(labels) == ["a", "b", "untrained"]
+    assert sorted(labels) == ["a", "b", "b, epsilon 0", "untrained"]
     out = tmp_path / "both.png"
     monkeypatch.setattr("sys.argv", ["shortcuts_compare", *map(str, folders), "-o", str(out)])
     shortcuts_compare.main()
