@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = sorted(path.parent for path in (ROOT / ".results").glob("*/results.jsonl"))
 RENEWED_NAME, LESS = " (renewed statistics)", " less "
 COMPARED = "with_color", "without_color"
+MORE = "more_with_color", "more_without_color"  # more seeds of them
 EXCERPTS = {  # of which the README shows a part
     "trifeature64", "trifeature-short-grid", "randbit-one-reading", "randbit-lr", "randbit-lr (shared bits)",
     "with_color20", "without_color20", LESS.join(COMPARED),
@@ -38,9 +39,10 @@ def test_the_readme_shows_what_was_measured():
             text, _, second = text.partition(sentence)
             measured[f"{folder.name} ({NAMES[name]})"] = tables(second)
         measured[folder.name] = tables(text)
-    first, _, second = comparison(*(ROOT / ".results" / name for name in COMPARED)).partition(SECOND[RENEWED])
-    name = LESS.join(COMPARED)
-    measured |= {name: tables(first), name + RENEWED_NAME: tables(second)}
+    for pair in (COMPARED, MORE):
+        text = comparison(*(ROOT / ".results" / name for name in pair))
+        first, _, second = text.partition(SECOND[RENEWED])
+        measured |= {LESS.join(pair): tables(first), LESS.join(pair) + RENEWED_NAME: tables(second)}
     _, section = (ROOT / "README.md").read_text().split("\n## Does it work?\n")
     shown = {}
     for head, body in tables(section.split("\n## ")[0]):
@@ -80,6 +82,19 @@ def test_the_readme_says_in_how_many_pairs_colour_takes_from_texture():
         pairs = [(r, plain[r["T"], r["seed"]]) for r in first if r["trained"]]
         lower = sum(a[reading]["texture"]["accuracy"] < b[reading]["texture"]["accuracy"] for a, b in pairs)
         assert len(pairs) == 24 and words.format(lower) in text
+    for reading, words in (
+        ("readout", "with own statistics {}; lower"),
+        (RENEWED, "six seeds texture is {} points"),
+    ):
+        apart = []
+        for pair in (COMPARED, MORE):
+            with_it, without = (
+                {r["seed"]: r[reading]["texture"]["accuracy"] for r in read_results(ROOT / ".results" / name)
+                 if r["trained"] and (r["T"], r["epsilon"]) == (0.2, 0)}
+                for name in pair
+            )  # fmt: skip
+            apart += [without[seed] - with_it[seed] for seed in with_it]
+        assert len(apart) == 6 and min(apart) > 0 and words.format(cell(apart)) in text
 
 
 def test_the_readme_says_of_texture_and_cost_what_pairs_of_runs_give():
