@@ -14,10 +14,9 @@ from moco.errors import UserError, run_program
 from moco.measure import NAMES
 from moco.pictures import check_picture, save_picture
 from moco.shortcuts_remarks import on_failures
-from moco.shortcuts_report import SECOND, difference_cells, head_lines, line
+from moco.shortcuts_report import SECOND, by_chance, difference_cells, head_lines, line
 from moco.shortcuts_results import (
     SETTING,
-    WORST,
     columns_of,
     number,
     over_temperatures,
@@ -127,14 +126,9 @@ def _table(first, second, columns):
         less = key[4] if key[4] == "" else number(key[4])
         count = cells[len(names)] + (f", {bad[key]} diverged" if bad.get(key) else "")
         yield line([*cells[: len(names)], less, count, *cells[len(names) + 1 :]])
-    factors = [column for column in columns if column != WORST]
-    cells = sum(len(factors) for key, found in pairs.items() if len(found) > 1 and key[0] != UNTRAINED)
-    if cells:
-        yield from (
-            "",
-            f"If nothing differed, about {cells / 20:.1f} of the {cells} intervals of factors of trained "
-            "encoders would leave out 0.",
-        )
+    of_trained = {key: found for key, found in pairs.items() if key[0] != UNTRAINED}
+    for sentence in by_chance(of_trained, columns, "nothing differed"):
+        yield from ("", sentence)
 
 
 def _both(first, second):

@@ -113,9 +113,9 @@ def cell(values, digits=1, sign=False):
 def _plain_rows(results, names, columns):
     """The rows of chance and of untrained encoders."""
     chances = next((result["readout"] for result in results if "readout" in result), {})
-    by_chance = [f"{chances[c]['chance']:.1f}" if c in chances else "" for c in columns]
+    chance_cells = [f"{chances[c]['chance']:.1f}" if c in chances else "" for c in columns]
     blank, loss = [""] * (len(names) - 1), loss_at_chance(results)
-    yield line(["chance", *blank, "", "" if loss is None else f"{loss:.3f}", *by_chance])
+    yield line(["chance", *blank, "", "" if loss is None else f"{loss:.3f}", *chance_cells])
     for bits in sorted({result["bits"] for result in untrained(results)}):
         runs = untrained(results, bits)
         setting = ["untrained", *blank]
@@ -134,15 +134,19 @@ def _difference_lines(found, names, columns):
     together = over_temperatures(pairs, {key[:3] for key in found})
     if together:
         text += ["T all: the mean over T of each seed that has every T."]
-    factors = [column for column in columns if column != WORST]  # WORST is one of them again
-    cells = sum(len(factors) for of_seeds in (pairs | together).values() if len(of_seeds) > 1)
-    if cells:
-        text += [f"If epsilon changed nothing, about {cells / 20:.1f} of these {cells} intervals of factors "
-                 "would leave out 0."]  # fmt: skip
+    text += by_chance(pairs | together, columns, "epsilon changed nothing")
     head = head_lines([*names, "seeds", LOSS, *columns])
     every = pairs | together
     lines = [line(difference_cells(key, every[key], names, (LOSS, *columns))) for key in every]
     return ["", *text, "", *head, *lines]
+
+
+def by_chance(pairs, columns, if_so):
+    """A sentence on how many intervals of differences would leave out 0 by chance, if there are any."""
+    factors = [column for column in columns if column != WORST]  # WORST is one of them again
+    cells = sum(len(factors) for of_seeds in pairs.values() if len(of_seeds) > 1)
+    text = f"If {if_so}, about {cells / 20:.1f} of these {cells} intervals of factors would leave out 0."
+    return [text] if cells else []
 
 
 def _learned_lines(results, found, names, columns):

@@ -50,7 +50,7 @@ def test_differences_are_paired_by_seed(tmp_path, capsys, monkeypatch):
         "Linear readout of a less that of b with the same seed: points.",
         "The sweeps differ in pictures: hide None and color; read_without color and None.",
     ]
-    assert "about 2.7 of the 54 intervals" in text  # 12 places and 6 over both T, of three factors
+    assert "about 2.7 of these 54 intervals" in text  # 12 places and 6 over both T, of three factors
     table = cells(text)
     assert table[0] == {
         "recipe": "untrained",
@@ -87,7 +87,7 @@ def test_only_what_both_have_is_compared(tmp_path):
     assert found == [("untrained", "", "", "2"), *places]
     (wild,) = (run["name"] for run in part if run.get("diverged"))
     assert f"\na: {wild} diverged: the loss of epoch 3 became nan or infinite\n" in text
-    assert "±" not in cells(text)[1]["shape"] and "about 0.3 of the 6 intervals" in text
+    assert "±" not in cells(text)[1]["shape"] and "about 0.3 of these 6 intervals" in text
 
 
 def test_an_epsilon_that_the_second_lacks_is_compared_with_its_epsilon_0(tmp_path):
