@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,6 +12,9 @@ import traceback
 from pathlib import Path
 
 from moco.errors import run_program
+
+# joblib, once it is imported, has multiprocessing give its semaphores the second of these names.
+MADE_BY = re.compile(r"(?:torch_|sem\.loky-)(\d+)[_-]")
 
 
 def forked(main, outputs=(2,)):
@@ -79,9 +83,15 @@ class Program:
                 os.killpg(self.pid, signal.SIGKILL)
 
 
-def abandoned(before):
-    """Names in /dev/shm that are not in the set `before` and that no process uses: what was left behind."""
+def abandoned(before, makers=()):
+    """Names in /dev/shm that are not in the set `before` and that no process uses: what was left behind.
+
+    What says that it is of a process which is none of `makers` is left out: a test beside this one may kill
+    a program that has spawned, whose semaphores the resource tracker then removes when all tests have ended.
+    """
     names = set(os.listdir("/dev/shm")) - before
+    made = {name: MADE_BY.match(name) for name in names}
+    names = {name for name, by in made.items() if not by or int(by[1]) in makers}
     for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
         with contextlib.suppress(OSError):
             used = maps.read_text()
