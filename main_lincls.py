@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import heads, linear_report, trifeature, zoo
+from moco import heads, linear_report, zoo
 from moco.bad_images import BadImages
 from moco.data import labelled_folders, paths_of
 from moco.distributed import Process, check_agreement, everybodys, from_first, wrap
@@ -24,6 +24,7 @@ from moco.draws import linear_train
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import run_program
 from moco.execution import Execution, execution_of
+from moco.factors import FACTORS
 from moco.finish import finisher
 from moco.heads import Layers, check_frozen, freeze_all_but_last
 from moco.launch import launch
@@ -86,7 +87,7 @@ def evaluate_features(process, args, folder):
 
     # Data: training samples are shared out batch by batch, validation images one by one.
     train_images, val_images, classes = labelled_folders(folder, args.target)
-    names = list(trifeature.FACTORS[args.target] if args.target else train_images.classes)
+    names = list(FACTORS[args.target] if args.target else train_images.classes)
     device_aug, loading = loading_of(args, process.device)
     bad_images = BadImages(args.on_bad_image, len(train_images), seed)
     loader = loading.training(

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import ImageFolder
 
-from moco import trifeature
 from moco.bad_images import BadImages
 from moco.cache import KINDS, build, build_on_device
 from moco.decoders import decoder
 from moco.draws import VIEW
 from moco.errors import UserError
+from moco.factors import FACTORS, factor_of
 from moco.resident import ResidentLoader
 from moco.ring import RingLoader
 from moco.samples import Photographs, TrainingSample, ValidationSample
@@ -46,10 +46,8 @@ def labelled_folders(folder, factor=None):
     train, val = image_folder(folder, "train"), image_folder(folder, "val")
     if factor is not None:
         for images in (train, val):
-            images.target_transform = [
-                trifeature.factor_of(name, factor) for name in images.classes
-            ].__getitem__
-        return train, val, len(trifeature.FACTORS[factor])
+            images.target_transform = [factor_of(name, factor) for name in images.classes].__getitem__
+        return train, val, len(FACTORS[factor])
     check_same_classes(folder, train, val, "for Trifeature choose a --target")
     return train, val, len(train.classes)
 

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from moco import trifeature
 from moco.data import check_same_classes, image_folder
 from moco.distributed import from_first, sum_over_processes
 from moco.encoders import base_encoder, without_memory
+from moco.factors import FACTORS, factor_of, is_combination
 from moco.folded_batchnorm import fold_batchnorm
 from moco.knn import neighbours, unit_rows, vote
 from moco.shuffle import concat_all_gather
@@ -36,14 +36,14 @@ def labellings(folder, train):
     other folders have not the same classes.
     """
     val = image_folder(folder, "val")
-    if all(map(trifeature.is_combination, train.classes + val.classes)):
+    if all(map(is_combination, train.classes + val.classes)):
         return val, {
             factor: (
-                *(torch.tensor([trifeature.factor_of(name, factor) for name in images.classes])
+                *(torch.tensor([factor_of(name, factor) for name in images.classes])
                   for images in (train, val)),
                 len(values),
             )
-            for factor, values in trifeature.FACTORS.items()
+            for factor, values in FACTORS.items()
         }  # fmt: skip
     check_same_classes(folder, train, val, "leave out --knn")
     numbers = torch.arange(len(train.classes))

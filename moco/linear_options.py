@@ -1,7 +1,7 @@
 """The flags of linear evaluation, and the checks on them that need no data."""
 
-from moco import trifeature
 from moco.errors import UserError
+from moco.factors import FACTORS
 from moco.linear_folder import LinearFolder
 from moco.options import check_shared, folder_after_rates, shared_parser
 
@@ -23,7 +23,7 @@ def parse_args():
     )
     linear.add_argument(
         "--target",
-        choices=tuple(trifeature.FACTORS),
+        choices=tuple(FACTORS),
         help="predict this factor of Trifeature, not the folder's class",
     )
     return folder_after_rates(parser, parser.parse_args())

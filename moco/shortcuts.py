@@ -16,7 +16,7 @@ from pathlib import Path
 from moco import trifeature
 from moco.cores import available_cores
 from moco.errors import UserError, run_program
-from moco.factors import AS_FOLDERS, factors_of
+from moco.factors import AS_FOLDERS, COMBINATIONS, FACTORS, SETTINGS, factors_of, hidden
 from moco.shortcuts_options import MOST_ON_GPU, RECIPES, check_lists, parse_args
 from moco.shortcuts_report import write_report
 from moco.shortcuts_results import number
@@ -91,9 +91,14 @@ def _known_factors(args, data):
     """All that can be read of the images."""
     if getattr(args, "data", None) is not None:
         return factors_of(data)
-    trifeature.check_hidden(args.hide)
-    trifeature.check_hidden(args.read_without, "read-without")
-    return [factor for factor in trifeature.FACTORS if factor not in (args.hide, args.read_without)]
+    trained = hidden(args.hide) if args.hide else None
+    read = hidden(args.read_without, "read-without") if args.read_without else trained
+    if trained and args.read_without and (trained[0] != read[0] or trained == read):
+        raise UserError(
+            "--read-without beside --hide reads from pictures with another value of the same factor, as in "
+            "--hide color=red --read-without color=blue; name one, or leave one of the flags out"
+        )
+    return [factor for factor in FACTORS if not read or factor != read[0]]
 
 
 def _read_data(args):
@@ -119,7 +124,7 @@ def _images_of(args, data):
     if 2 * args.image_size > trifeature.SIZES[-1]:  # the least is main_moco.py's to check
         largest = trifeature.SIZES[-1] // 2
         raise UserError(f"--image-size {args.image_size} is more than Trifeature's {largest}; lower it")
-    return args.renders * (len(trifeature.COMBINATIONS) - len(trifeature.held_out(0)))
+    return args.renders * (len(COMBINATIONS) - len(trifeature.held_out(0)))
 
 
 def _check_runs(args, runs, data, images):
@@ -162,7 +167,7 @@ def _draw(data, size, renders, hide=None):
     settings = trifeature.settings_of(size, renders, hide=hide)
     trifeature.ensure(data, size, renders, hide=hide)
     try:
-        before = json.loads((data / trifeature.SETTINGS).read_text())
+        before = json.loads((data / SETTINGS).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{data} is no Trifeature set ({error}); choose another --out") from error
     if before != settings:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from moco.errors import UserError, run_program
+from moco.factors import hidden
 from moco.measure import NAMES
 from moco.pictures import check_picture, save_picture
 from moco.shortcuts_remarks import on_failures
@@ -142,7 +143,8 @@ def _both(first, second):
     told = []
     for found in settings:
         told.append({name: found.get(name) for name in PICTURES})
-        told[-1]["one value for all of"] = found.get("read_without") or found.get("hide")
+        read_of = found.get("read_without") or found.get("hide")
+        told[-1]["for all"] = " ".join(hidden(read_of)) if read_of else None
     if told[0] != told[1]:
         differ = ", ".join(f"{n}: {told[0][n]} and {told[1][n]}" for n in told[0] if told[0][n] != told[1][n])
         raise UserError(f"{first} and {second} were read from different pictures ({differ}), so that their "

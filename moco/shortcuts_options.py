@@ -60,9 +60,10 @@ def _add_fixed(parser, kind):
     add("--alpha", type=float, metavar="A", help=f"weight of ifm's perturbed loss (default: {ALPHA})")
     add("--renders", type=int, metavar="N",
         help=f"images of each of Trifeature's combinations (default: {RENDERS})")  # fmt: skip
-    add("--hide", metavar="NAME", help="a factor of Trifeature of which all images have the same value")
-    add("--read-without", metavar="NAME",
-        help="train on all of Trifeature, but read from pictures in which this factor is hidden")  # fmt: skip
+    add("--hide", metavar="FACTOR[=VALUE]",
+        help="a factor of Trifeature of which all images have one value, the first unless named")  # fmt: skip
+    add("--read-without", metavar="FACTOR[=VALUE]",
+        help="read from other pictures than are trained on, in which this factor has one value")  # fmt: skip
     if kind == "trifeature":
         add("--renew-statistics", action="store_true", default=None,
             help="also read with BatchNorm's statistics of the training images that are read")  # fmt: skip
@@ -98,10 +99,6 @@ def check_lists(args):
     for recipe in args.recipe:
         if recipe not in RECIPES:
             raise UserError(f"there is no recipe {recipe!r}; choose of {', '.join(RECIPES)}")
-    if args.hide and args.read_without:
-        raise UserError(
-            "--hide and --read-without are two ways to do without a factor; leave one of them out"
-        )
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     if args.renders is not None and args.renders < 1:

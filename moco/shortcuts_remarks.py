@@ -10,10 +10,14 @@ NOT_READ = {SHARED: "the same bits for all images", RENEWED: "renewed statistics
 
 def remarks(results):
     """What a reader of the numbers must know of single runs, a sentence each."""
-    for hidden in sorted({r["hide"] for r in results if r.get("hide")}):
-        yield f"All pictures have the same {hidden}, those to train on and those to read from."
-    for hidden in sorted({r["read_without"] for r in results if r.get("read_without")}):
-        yield f"Trained on all factors, and read from the same pictures with one {hidden} for all."
+    for hide, read in sorted({(r.get("hide") or "", r.get("read_without") or "") for r in results}):
+        hidden, shown = hide.replace("=", ", "), read.replace("=", ", ")
+        if hide and read:
+            yield f"Trained on pictures of the same {hidden}; read from them with another for all: {shown}."
+        elif hide:
+            yield f"All pictures have the same {hidden}, those to train on and those to read from."
+        elif read:
+            yield f"Trained on all factors, and read from the same pictures with one {shown} for all."
     yield from on_failures(results)
     for reading, words in NOT_READ.items():
         if reading in second_readings(results) and (names := without_reading(results, reading)):

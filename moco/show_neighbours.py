@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moco import trifeature, zoo
+from moco import zoo
 from moco.checkpoint import check_arch, encoder_state, load_strictly
 from moco.checkpoint_reader import read_checkpoint
 from moco.data import paths_of
 from moco.decoders import decoder, read_pixels
 from moco.encoders import base_encoder
 from moco.errors import UserError
+from moco.factors import COMBINATIONS, FACTORS
 from moco.knn import unit_rows
 from moco.pictures import BLUE, RED, WIDTH, literal, own_style, shortened
 from moco.progress import Progress
@@ -118,7 +119,7 @@ def nearest(queries, batches, count):
 def factors_of(name):
     """(shape, texture, color) of the name of a Trifeature class, or None of another name."""
     values = tuple(name.split("_"))
-    return values if values in trifeature.COMBINATIONS else None
+    return values if values in COMBINATIONS else None
 
 
 def agreement(found):
@@ -129,7 +130,7 @@ def agreement(found):
     factors = zip(
         *[[a == b for a, b in zip(*map(factors_of, pair), strict=True)] for pair in pairs], strict=True
     )
-    agree = [f"{name} {sum(same)}" for name, same in zip(trifeature.FACTORS, factors, strict=True)]
+    agree = [f"{name} {sum(same)}" for name, same in zip(FACTORS, factors, strict=True)]
     return f"of {len(pairs)} neighbours agree in {', '.join(agree)}"
 
 

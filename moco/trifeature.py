@@ -9,7 +9,6 @@ Whoever knows the three factors can name a combination that was never shown.
 
 import argparse
 import io
-import itertools
 import json
 import os
 import signal
@@ -22,36 +21,13 @@ from PIL import Image
 
 from moco.cores import available_cores
 from moco.errors import UserError, run_program
+from moco.factors import COMBINATIONS, FACTORS, SETTINGS, hidden
 from moco.files import atomic_file, atomic_folder
 from moco.progress import Progress
-from moco.trifeature_draw import COLORS, SHAPES, TEXTURES, contact_sheet, render
+from moco.trifeature_draw import contact_sheet, render
 
-FACTORS = {"shape": tuple(SHAPES), "texture": tuple(TEXTURES), "color": tuple(COLORS)}
-COMBINATIONS = tuple(itertools.product(*FACTORS.values()))  # 1000 x (shape, texture, color)
-SETTINGS = "trifeature.json"  # beside train/ and val/: how the set was drawn
 VERSION = 1  # of the drawing: raised when the same settings give other pixels
 SIZES = range(16, 1025)  # pixels: a smaller shape is a blot; a larger image takes more than 1 GB to draw
-
-
-def factor_of(folder_name, factor):
-    """Class index, 0 to 9, of one factor in the name of a folder, such as "triangle_solid_red".
-
-    `factor` is "shape", "texture" or "color". UserError if either name is none of Trifeature's.
-    """
-    if factor not in FACTORS:
-        raise UserError(f"Trifeature has no factor '{factor}'; choose one of {', '.join(FACTORS)}")
-    values = tuple(folder_name.split("_"))
-    if len(values) != 3 or any(v not in names for v, names in zip(values, FACTORS.values(), strict=True)):
-        raise UserError(
-            f"folder '{folder_name}' is not named shape_texture_color, as in triangle_solid_red; "
-            f"reading the {factor} needs the data set that python -m moco.trifeature draws"
-        )
-    return FACTORS[factor].index(values[list(FACTORS).index(factor)])
-
-
-def is_combination(folder_name):
-    """Whether the name of a folder is shape_texture_color."""
-    return tuple(folder_name.split("_")) in COMBINATIONS
 
 
 def held_out(seed):
@@ -74,13 +50,15 @@ def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, for
     """Draw the data set into the folder `out`, which appears when it is complete.
 
     Each image depends on (size, seed, combination, render number) alone, not on the number of processes,
-    `workers` (default: one per core). `force` replaces an earlier Trifeature set. Of the factor `hide` all
-    images have the first value, whatever their folders say; all else is drawn as without it. UserError for
-    settings out of range, an `out` that exists, or one that cannot be written.
+    `workers` (default: one per core). `force` replaces an earlier Trifeature set. `hide` is "color" or
+    "color=blue": all images have the first value of that factor, or the one named, whatever their folders
+    say; all else is drawn as without it. UserError for settings out of range, an `out` that exists, or one
+    that cannot be written.
     """
     workers = min(available_cores() if workers is None else workers, len(COMBINATIONS))
     _check_settings(size, seed, renders, workers)
-    check_hidden(hide)
+    if hide:
+        hidden(hide)
     out = Path(out).resolve()
     try:
         _check_free(out, force)
@@ -91,12 +69,6 @@ def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, for
             (folder / SETTINGS).write_text(json.dumps(settings_of(size, renders, seed, hide)) + "\n")
     except OSError as error:
         raise _unwritable(out, error) from error
-
-
-def check_hidden(factor, flag="hide"):
-    """Raise UserError if the value of a flag is neither None nor a factor."""
-    if factor not in (None, *FACTORS):
-        raise UserError(f"--{flag} {factor}: there is no such factor; choose one of {', '.join(FACTORS)}")
 
 
 def settings_of(size, renders, seed=0, hide=None):
@@ -187,13 +159,14 @@ def _draw_in_processes(folder, size, renders, seed, workers, bar, hide):
 def _draw_share(folder, hide, size, renders, seed, workers, share):
     """Draw every `workers`-th combination from `share` on: what one of the processes does."""
     validation = held_out(seed)
+    factor, value = hidden(hide) if hide else (None, None)
     try:
         for number in range(share, len(COMBINATIONS), workers):
             combination = COMBINATIONS[number]
             split = "val" if combination in validation else "train"
             place = Path(folder, split, "_".join(combination))
             place.mkdir(parents=True)
-            seen = [FACTORS[f][0] if f == hide else v for f, v in zip(FACTORS, combination, strict=True)]
+            seen = [value if f == factor else v for f, v in zip(FACTORS, combination, strict=True)]
             for index in range(renders):
                 png = io.BytesIO()  # Pillow forgets the reason when it fails to write to a file
                 pixels = render(*seen, size, _rng(seed, number, index))
@@ -228,7 +201,8 @@ def main():
     add("--seed", type=int, default=0, metavar="S", help="chooses rotations, places and what is in val")
     add("--workers", type=int, metavar="W", help="processes (default: one per core)")
     add("--force", action="store_true", help="replace what was drawn under this name before")
-    add("--hide", metavar="FACTOR", help="of shape, texture, color: draw its first value everywhere")
+    add("--hide", metavar="FACTOR[=VALUE]",
+        help="of shape, texture, color: draw its first value, or this one, everywhere")  # fmt: skip
     add("--sheet", metavar="FILE.png", help="draw one picture of all 30 values instead")
     args = parser.parse_args()
     if (args.out is None) == (args.sheet is None):

@@ -9,7 +9,7 @@ from test_shortcuts import LISTS, SMALL, sweep_of
 
 from moco import shortcuts, trifeature
 from moco.errors import UserError
-from moco.factors import factors_of
+from moco.factors import COMBINATIONS, FACTORS, SETTINGS, factors_of
 from moco.sweep import read_results
 
 
@@ -17,7 +17,7 @@ from moco.sweep import read_results
 def sets(tmp_path_factory):
     """Folders with the same 1000 images, once as they are and once for each factor that can be hidden."""
     out = tmp_path_factory.mktemp("trifeature")
-    for hide in (None, *trifeature.FACTORS):
+    for hide in (None, *FACTORS, "color=blue"):
         trifeature.generate(out / str(hide), size=32, renders=1, progress=False, hide=hide)
     return out
 
@@ -27,13 +27,15 @@ def images(folder):
     return {tuple(p.parent.name.split("_")): np.array(Image.open(p)) for p in folder.glob("*/*/0.png")}
 
 
-@pytest.mark.parametrize("place, hide", list(enumerate(trifeature.FACTORS)))
-def test_a_hidden_factor_has_its_first_value_everywhere_and_all_else_is_as_it_was(sets, place, hide):
+HIDDEN = [(0, "shape", "triangle"), (1, "texture", "solid"), (2, "color", "red"), (2, "color=blue", "blue")]
+
+
+@pytest.mark.parametrize("place, hide, shown", HIDDEN)
+def test_a_hidden_factor_has_one_value_everywhere_and_all_else_is_as_it_was(sets, place, hide, shown):
     plain, hidden = images(sets / "None"), images(sets / hide)
-    assert plain.keys() == hidden.keys() == set(trifeature.COMBINATIONS)
-    first = trifeature.FACTORS[hide][0]
+    assert plain.keys() == hidden.keys() == set(COMBINATIONS)
     same = {key for key in plain if (plain[key] == hidden[key]).all()}
-    assert same == {key for key in plain if key[place] == first}  # the folders' names stay, the pixels do not
+    assert same == {key for key in plain if key[place] == shown}  # the folders' names stay, the pixels do not
     assert {p.parent.name for p in (sets / hide).glob("val/*/*")} == {
         p.parent.name for p in (sets / "None").glob("val/*/*")
     }
@@ -49,11 +51,11 @@ def test_without_colour_the_pixels_lie_between_grey_and_one_colour(sets):
 
 
 def test_a_set_says_what_it_hides(sets):
-    told = {path.name: json.loads((path / trifeature.SETTINGS).read_text()) for path in sets.iterdir()}
+    told = {path.name: json.loads((path / SETTINGS).read_text()) for path in sets.iterdir()}
     plain = {"version": 1, "size": 32, "renders": 1, "seed": 0}
-    assert told == {"None": plain} | {hide: plain | {"hide": hide} for hide in trifeature.FACTORS}
+    assert told == {"None": plain} | {hide: plain | {"hide": hide} for hide in (*FACTORS, "color=blue")}
     shortcuts._draw(sets / "color", 32, 1, "color")  # taken as it is
-    for hide in (None, "shape"):
+    for hide in (None, "shape", "color=blue"):
         with pytest.raises(UserError, match="was drawn with .*'hide': 'color'.*choose another --out"):
             shortcuts._draw(sets / "color", 32, 1, hide)
 
@@ -61,9 +63,10 @@ def test_a_set_says_what_it_hides(sets):
 def test_what_is_hidden_is_none_of_the_factors_to_read(sets, tmp_path):
     assert factors_of(sets / "None") == ["shape", "texture", "color"]
     assert factors_of(sets / "texture") == ["shape", "color"]
+    assert factors_of(sets / "color=blue") == ["shape", "texture"]
     assert factors_of(tmp_path) == ["class"]
-    for damaged in ("{", "[1]", "3"):
-        (tmp_path / trifeature.SETTINGS).write_text(damaged)
+    for damaged in ("{", "[1]", "3", '{"hide": 3}', '{"hide": "size"}'):
+        (tmp_path / SETTINGS).write_text(damaged)
         with pytest.raises(UserError, match="trifeature.json cannot be read .*; draw the set again"):
             factors_of(tmp_path)
 
@@ -100,6 +103,19 @@ def test_a_sweep_trains_on_all_factors_and_reads_without_one(tmp_path, cli, monk
     assert code == 2 and "holds a sweep with read_without color, not None: give it the same" in errors
 
 
+def test_a_sweep_reads_from_another_value_than_it_trains_on(tmp_path, cli, monkeypatch):
+    sweep_of(monkeypatch, {})
+    words = ["trifeature", *SMALL, *LISTS, "--renders", "1", "--recipe", "crops", "--moco-t", "0.2"]
+    other = ["--hide", "color", "--read-without", "color=blue"]
+    code, _, errors = cli(shortcuts.main, *words, *other, "--out", tmp_path / "s")
+    assert code == 0, errors
+    there = [json.loads((tmp_path / f"s/{d}/{SETTINGS}").read_text()) for d in ("data", "data_to_read")]
+    assert [settings["hide"] for settings in there] == ["color", "color=blue"]
+    given = next(result["command"] for result in read_results(tmp_path / "s") if not result["trained"])
+    given = given[given.index("--factors") :][:5]
+    assert given == ["--factors", "shape", "texture", "--read", str(tmp_path / "s/data_to_read")]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -113,7 +129,16 @@ def test_a_sweep_trains_on_all_factors_and_reads_without_one(tmp_path, cli, monk
             ["trifeature", "--read-without", "colour"],
             "--read-without colour: there is no such factor; choose",
         ),
-        (["trifeature", "--read-without", "color", "--hide", "shape"], "are two ways to do without a factor"),
+        (["trifeature", "--hide", "color=pale"], "--hide color=pale: color has no such value; choose one of"),
+        (["trifeature", "--hide", "color="], "--hide color=: color has no such value; choose one of red, "),
+        (
+            ["trifeature", "--read-without", "color", "--hide", "shape"],
+            "another value of the same factor, as in",
+        ),
+        (
+            ["trifeature", "--read-without", "color=red", "--hide", "color"],
+            "another value of the same factor",
+        ),
         (
             ["trifeature", "--read-without", "color", "--factors", "color"],
             "'color' to read; choose of shape,",

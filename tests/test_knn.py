@@ -18,6 +18,7 @@ from moco.distributed import Process
 from moco.encoders import base_encoder
 from moco.errors import UserError
 from moco.execution import Execution
+from moco.factors import FACTORS
 from moco.knn_evaluation import KnnEvaluation, labellings
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD
 from moco.small_maps import small_maps
@@ -166,7 +167,7 @@ def test_the_evaluation_is_exact_in_1_and_2_processes(folders, run_ranks):
 
 
 def test_factors_of_trifeature_and_an_image_that_cannot_be_read(tmp_path, run_ranks):
-    shapes, textures, colors = knn_evaluation.trifeature.FACTORS.values()
+    shapes, textures, colors = FACTORS.values()
     there = [(0, 1, 0), (1, 0, 1), (0, 0, 1), (1, 1, 0), (0, 0, 0), (1, 1, 1)]  # the last two in val/
     names = [f"{shapes[i]}_{textures[j]}_{colors[k]}" for i, j, k in there]
     make_folders(tmp_path, names, train=4, val=8)
@@ -180,7 +181,7 @@ def test_factors_of_trifeature_and_an_image_that_cannot_be_read(tmp_path, run_ra
         assert all(other == first for other, _ in others) and list(first) == ["shape", "texture", "color"]
     broken.unlink()
     train, val = by_hand(tmp_path)
-    for number, (factor, values) in enumerate(knn_evaluation.trifeature.FACTORS.items()):
+    for number, (factor, values) in enumerate(FACTORS.items()):
         expected = right(train, val, lambda name: values.index(name.split("_")[number]), 10)  # noqa: B023
         assert first[factor] == pytest.approx(expected)
     assert len(set(first.values())) > 1

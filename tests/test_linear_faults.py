@@ -20,8 +20,8 @@ import main_lincls
 from moco import files
 from moco.checkpoint import save_checkpoint
 from moco.errors import UserError
+from moco.factors import FACTORS
 from moco.resume import same_classes
-from moco.trifeature import FACTORS
 
 LRS = ["--lr", "1", "3"]
 

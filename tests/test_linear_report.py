@@ -14,6 +14,7 @@ from tiny import TinyEncoder
 import main_lincls
 from moco import linear_report, plot, run_settings, trifeature
 from moco.errors import UserError
+from moco.factors import FACTORS
 from moco.heads import Head
 from moco.run_log import OF_BOTH
 
@@ -94,7 +95,7 @@ def test_factors_of_trifeature_are_named_and_each_image_counted_once(tmp_path, c
 
 def check_report(lrs, output, text):
     report = json.loads(text)
-    assert report["classes"] == list(trifeature.FACTORS["color"]) and report["seed"] == 3
+    assert report["classes"] == list(FACTORS["color"]) and report["seed"] == 3
     counted = np.zeros((10, 10), int)
     for true, taken, count in report["confusion"]:
         counted[true, taken] = count

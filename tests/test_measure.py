@@ -13,14 +13,14 @@ from tiny import TinyEncoder
 from torch import nn
 
 import main_moco
-from moco import measure, trifeature
+from moco import measure
 from moco.builder import MoCo
 from moco.data import Loading, image_folder, labelled_folders
 from moco.distributed import Process
 from moco.draws import moco_v2
 from moco.encoders import base_encoder
 from moco.errors import UserError
-from moco.factors import factors_of
+from moco.factors import FACTORS, SETTINGS, factor_of, factors_of
 from moco.plain_loss import plain_loss
 from moco.random_bits import HELD_OUT, TRAIN, bits_of, with_input_channels
 from moco.sweep import DIVERGED
@@ -63,21 +63,21 @@ def combinations(tmp_path):
         for i in range(10):
             for a, b in offsets:
                 numbers = i, (i + a) % 10, (i + b) % 10
-                values = (names[n] for names, n in zip(trifeature.FACTORS.values(), numbers, strict=True))
+                values = (names[n] for names, n in zip(FACTORS.values(), numbers, strict=True))
                 folder = tmp_path / split / "_".join(values)
                 folder.mkdir(parents=True)
                 for render in range(2):
                     pixels = tuple(STEP * n for n in numbers)
                     Image.new("RGB", (20, 16), pixels).save(folder / f"{render}.png")
-    (tmp_path / trifeature.SETTINGS).write_text("{}")
+    (tmp_path / SETTINGS).write_text("{}")
     return tmp_path
 
 
 def test_each_part_is_read_by_its_own_labels(combinations, monkeypatch):
-    for factor in trifeature.FACTORS:  # the premise: combination numbers mean something else in val
+    for factor in FACTORS:  # the premise: combination numbers mean something else in val
         train, val, _ = labelled_folders(combinations, factor)
         own = measure._labels(val).tolist()
-        by_name = [trifeature.factor_of(val.classes[t], factor) for t in val.targets]
+        by_name = [factor_of(val.classes[t], factor) for t in val.targets]
         assert own == by_name != [train.target_transform(target) for target in val.targets]
     monkeypatch.setattr(measure, "_model", lambda *_: Looks())
     factors = factors_of(combinations)

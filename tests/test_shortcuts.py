@@ -7,6 +7,7 @@ import torch
 
 from moco import shortcuts, trifeature
 from moco.errors import UserError
+from moco.factors import SETTINGS
 from moco.meeting import code_hash
 from moco.pretrain_options import check
 from moco.pretrain_options import parse_args as pretraining_args
@@ -219,7 +220,7 @@ def test_trifeature_of_other_settings_is_not_taken_for_the_sweeps(tmp_path, monk
         monkeypatch.setattr(trifeature, "VERSION", version)
         with pytest.raises(UserError, match=r"data was drawn with .*, not .*; choose another --out"):
             shortcuts._draw(tmp_path / "data", size, renders)
-    (tmp_path / "data" / trifeature.SETTINGS).unlink()
+    (tmp_path / "data" / SETTINGS).unlink()
     with pytest.raises(UserError, match="is no Trifeature set .*choose another --out"):
         shortcuts._draw(tmp_path / "data", 16, 1)
 

@@ -152,8 +152,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     base = made(recipes=("crops",))
     first = folder_of(tmp_path / "a", base, WITH)
     plain = folder_of(tmp_path / "plain", base, {"image_size": 32})
-    with pytest.raises(UserError, match="different pictures .one value for all of: color and None.*cannot"):
+    with pytest.raises(UserError, match="different pictures .for all: color red and None.*cannot"):
         comparison(first, plain)
+    comparison(first, folder_of(tmp_path / "named", base, {"image_size": 32, "hide": "color=red"}))
+    blue = folder_of(tmp_path / "blue", base, WITHOUT | {"read_without": "color=blue"})
+    with pytest.raises(UserError, match="different pictures .for all: color red and color blue"):
+        comparison(first, blue)
     larger = folder_of(tmp_path / "larger", base, WITHOUT | {"image_size": 64})
     with pytest.raises(UserError, match="different pictures .image_size: 32 and 64"):
         comparison(first, larger)

@@ -68,3 +68,6 @@ def test_a_factor_that_pictures_lack_is_told():
     read = [result | {"hide": None, "read_without": "shape"} for result in made()]
     assert "Trained on all factors, and read from the same pictures with one shape for all.\n" in table(read)
     assert "All pictures" not in table(read) and "Trained on all" not in table(hidden)
+    both = [result | {"hide": "color", "read_without": "color=blue"} for result in made()]
+    other = "Trained on pictures of the same color; read from them with another for all: color, blue.\n"
+    assert other in table(both) and "All pictures" not in table(both)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from moco import files, trifeature
 from moco.errors import UserError
+from moco.factors import COMBINATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +65,7 @@ def small(tmp_path_factory):
 
 
 def test_set_on_disk(small):
-    everything = {"_".join(combination) for combination in trifeature.COMBINATIONS}
+    everything = {"_".join(combination) for combination in COMBINATIONS}
     held = {"_".join(combination) for combination in trifeature.held_out(3)}
     assert sorted(p.name for p in small.iterdir()) == ["train", "trifeature.json", "val"]
     assert {p.name for p in (small / "val").iterdir()} == held
