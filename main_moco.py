@@ -24,6 +24,7 @@ from moco.draws import pretraining
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.execution import Execution, execution_of, start_momentum
+from moco.experiments import Experiments
 from moco.feature_statistics import similarities
 from moco.finish import finisher
 from moco.knn_evaluation import KnnEvaluation
@@ -31,7 +32,6 @@ from moco.launch import launch
 from moco.memory import peak_megabytes
 from moco.meters import StepLog, epoch_line, rank_accuracy
 from moco.pretrain_options import check, notes, parse_args
-from moco.random_bits import RandomBits, with_input_channels
 from moco.resume import same_course, start_from
 from moco.run_folder import RunFolder
 from moco.run_log import RunLog, start_log
@@ -69,7 +69,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     watch: Watch
-    bits: RandomBits = RandomBits(0)
+    alter: Experiments = Experiments()
     data: dict | None = None  # images and global batch
     chance: float | None = None  # loss of a model that tells nothing apart
     output: RunFolder | None = None
@@ -101,7 +101,7 @@ def pretrain(process, args, folder):
     )  # fmt: skip
     finish, how = finisher(device_aug, recipe, process.device)
     batches = loader.batch_sampler
-    bits = RandomBits(args.random_bits, seed, batches)
+    alter = Experiments(args.random_bits, args.recolor, seed, images, batches)
     groups = process.world_size * args.bn_splits
     data = {"images": len(images), "global_batch": batches.global_batch, "batchnorm_groups": groups}
     knn = KnnEvaluation(args.knn, args.epochs, args.arch, process, execution)
@@ -110,7 +110,7 @@ def pretrain(process, args, folder):
     # Model: equal on all processes, as torch's generator starts from the run's seed on each.
     torch.manual_seed(seed)
     model = MoCo(
-        with_input_channels(base_encoder(args.arch), args.random_bits),
+        alter.widened(base_encoder(args.arch)),
         args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp,
         epsilon=args.epsilon, bn_splits=args.bn_splits,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def pretrain(process, args, folder):
     )  # fmt: skip
     with Signals() as signals, record, output:
         watch = Watch(signals, process)
-        run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch, bits)
+        run = Run(args, process, seed, chosen, loader, finish, execution, model, optimizer, watch, alter)
         run.data, run.chance, run.output, run.record, run.knn = data, chance, output, record, knn
         run.bad_image_lines = partial(bad_images.lines, paths=paths_of(images))
         train(run, epoch, step, checkpoint.get("log", {}) | checkpoint.get("noted", {}))
@@ -212,7 +212,7 @@ def train_epoch(run, epoch, log):
     model.train()
     step = log.first - 1
     for step, batch in enumerate(log.steps(), log.first):
-        im_q, im_k = run.bits(run.finish(batch), step)  # N x 3 x H x W each, unless with --random-bits
+        im_q, im_k = run.alter(run.finish(batch), step)  # N x 3 x H x W each, unless with --random-bits
 
         torch.manual_seed(fold(run.seed, STEP, epoch, step, run.process.rank))  # for dropout
         order = shuffle_order(run.seed, epoch, step, len(im_q) * run.process.world_size)

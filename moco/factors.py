@@ -13,6 +13,7 @@ from moco.trifeature_draw import COLORS, SHAPES, TEXTURES
 FACTORS = {"shape": tuple(SHAPES), "texture": tuple(TEXTURES), "color": tuple(COLORS)}
 COMBINATIONS = tuple(itertools.product(*FACTORS.values()))  # 1000 x (shape, texture, color)
 SETTINGS = "trifeature.json"  # beside train/ and val/: how the set was drawn
+WHITE = "color=white"  # hidden so, color can be given to pictures later: moco.recolor
 AS_FOLDERS = "class"  # the readout of a data set that is no Trifeature
 
 

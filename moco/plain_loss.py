@@ -5,9 +5,9 @@ import torch
 from moco.data import Loading, image_folder
 from moco.distributed import Process
 from moco.draws import pretraining
+from moco.experiments import Experiments
 from moco.finish import finisher
 from moco.meters import Meter, rank_accuracy
-from moco.random_bits import RandomBits
 from moco.seeds import STEP, fold, shuffle_order
 
 
@@ -27,18 +27,20 @@ def plain_loss(model, folder, settings, device):
     loading = Loading(settings["image_size"], resize, settings["batch_size"], 0, None, cache)
     process = Process.alone(device)
     aug, seed, epoch = settings["device_aug"], settings["seed"], settings["epochs"]
+    images = image_folder(folder, "train")
     loader = loading.training(
-        image_folder(folder, "train"), recipe, process, seed,
+        images, recipe, process, seed,
         photometric=aug == "off", bn_splits=settings["bn_splits"],
     )  # fmt: skip
     finish, _ = finisher(aug, recipe, device)
     loader.batch_sampler.epoch = epoch
-    bits = RandomBits(settings.get("random_bits", 0), seed, loader.batch_sampler)
+    of_run = settings.get("random_bits", 0), settings.get("recolor", False)
+    experiments = Experiments(*of_run, seed, images, loader.batch_sampler)
     model.train()
     model.m = 1.0
     loss_meter, top1 = Meter("Loss", ".4f"), Meter("Acc@1", ".2f")
     for step, batch in enumerate(loader):
-        im_q, im_k = bits(finish(batch), step)
+        im_q, im_k = experiments(finish(batch), step)
         torch.manual_seed(fold(seed, STEP, epoch, step, 0))
         with torch.no_grad():
             order = shuffle_order(seed, epoch, step, len(im_q))

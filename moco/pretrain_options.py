@@ -53,6 +53,11 @@ def parse_args(arguments=None):
         "--random-bits", type=int, default=0, metavar="B",
         help="give every image B random bits of its own as channels that its views share (default: none)",
     )  # fmt: skip
+    experiments.add_argument(
+        "--recolor",
+        action="store_true",
+        help="give each view of Trifeature's pictures in white one of its ten colors at random",
+    )
     keeping = parser.add_argument_group("checkpoints")
     keeping.add_argument(
         "--keep",
@@ -101,6 +106,8 @@ def check(args):
         raise UserError("--crops-only is a recipe without the operations of --aug-plus; give one of the two")
     if not 0 <= args.random_bits <= MOST:
         raise UserError(f"--random-bits must be between 0 and {MOST}, not {args.random_bits}")
+    if args.recolor and not args.crops_only:
+        raise UserError("--recolor takes views as --crops-only makes them; add that flag")
     if args.random_bits and args.knn:
         raise UserError("--knn looks at pictures alone, without --random-bits; leave one of them out")
     if not 0 <= args.moco_m <= 1:

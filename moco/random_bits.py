@@ -30,26 +30,6 @@ def with_channels(images, values):
     return torch.cat([images, planes], dim=1)
 
 
-class RandomBits:
-    """Appends each training image's bits to its views. With bits 0 views and encoders stay as they are.
-
-    batches: the EpochBatches that say which images a step has.
-    """
-
-    def __init__(self, bits, seed=0, batches=None):
-        self.bits, self.seed, self.batches = bits, seed, batches
-        self._epoch = self._indices = None
-
-    def __call__(self, views, step):
-        """views: two float32 (N, 3, H, W) of the sampler's epoch and this `step`; both get the same bits."""
-        if not self.bits:
-            return views
-        if self._epoch != self.batches.epoch:  # the order of a large data set takes a while
-            self._epoch, self._indices = self.batches.epoch, self.batches.indices()
-        values = bits_of(self.seed, TRAIN, self._indices[step].tolist(), self.bits).to(views[0].device)
-        return [with_channels(view, values) for view in views]
-
-
 def with_input_channels(construct, bits):
     """The callable `construct`, (num_classes) -> network, with `bits` more input channels; itself with 0.
 

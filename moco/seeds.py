@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 # What a seed is for; folded in first, so that no two uses share a stream.
-ORDER, SAMPLE, STEP, SHUFFLE, REPLACE, BITS = range(6)
+ORDER, SAMPLE, STEP, SHUFFLE, REPLACE, BITS, RECOLOR = range(7)
 
 
 def fold(seed, *position):

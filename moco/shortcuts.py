@@ -223,6 +223,7 @@ def _pretraining(args, run, data, folder):
         moco_k=args.moco_k, moco_m=args.moco_m, moco_t=run["T"], bn_splits=args.bn_splits, seed=run["seed"],
         random_bits=run["bits"], workers=0, print_freq=10**6, output_dir=folder, resume="auto",
     )  # fmt: skip
+    words += ["--recolor"] if getattr(args, "recolor", None) else []
     if run["epsilon"]:
         words += _flags(method=args.method, epsilon=run["epsilon"])
         words += _flags(alpha=args.alpha) if args.method == "ifm" else []

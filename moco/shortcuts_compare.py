@@ -163,7 +163,7 @@ def _on_settings(first, second):
     names = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
     each = {name: f"{name} {first.get(name)} and {second.get(name)}" for name in names}
     each.pop("renew_statistics", None)  # one reading more
-    pictures = [each.pop(name) for name in ("hide", "read_without") if name in each]
+    pictures = [each.pop(name) for name in ("hide", "read_without", "recolor") if name in each]
     if pictures:
         yield f"The sweeps differ in pictures: {'; '.join(pictures)}."
     if each:

@@ -3,6 +3,7 @@
 import argparse
 
 from moco.errors import UserError
+from moco.factors import WHITE
 
 RECIPES = {"v2": "--aug-plus", "crops": "--crops-only"}
 MOST_ON_GPU = 12  # runs side by side on one, each of which keeps a core busy, too
@@ -65,6 +66,8 @@ def _add_fixed(parser, kind):
     add("--read-without", metavar="FACTOR[=VALUE]",
         help="read from other pictures than are trained on, in which this factor has one value")  # fmt: skip
     if kind == "trifeature":
+        add("--recolor", action="store_true", default=None,
+            help="give each view a color of its own; needs --hide color=white, --recipe crops")  # fmt: skip
         add("--renew-statistics", action="store_true", default=None,
             help="also read with BatchNorm's statistics of the training images that are read")  # fmt: skip
     if kind == "randbit":
@@ -99,6 +102,10 @@ def check_lists(args):
     for recipe in args.recipe:
         if recipe not in RECIPES:
             raise UserError(f"there is no recipe {recipe!r}; choose of {', '.join(RECIPES)}")
+    if getattr(args, "recolor", None) and (args.hide != WHITE or args.recipe != ["crops"]):
+        raise UserError(
+            f"--recolor gives colors to views of white pictures; add --hide {WHITE} --recipe crops"
+        )
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     if args.renders is not None and args.renders < 1:

@@ -15,10 +15,10 @@ from moco import export
 from moco.builder import MoCo
 from moco.data import EpochBatches
 from moco.encoders import base_encoder
+from moco.experiments import Experiments
 from moco.random_bits import (
     HELD_OUT,
     TRAIN,
-    RandomBits,
     bits_of,
     with_channels,
     with_input_channels,
@@ -49,7 +49,7 @@ def test_bits_are_constant_channels_behind_the_picture():
 
 def test_each_epoch_of_a_sampler_has_the_bits_of_its_images():
     batches = EpochBatches(10, 4, seed=1)
-    append, views = RandomBits(6, 5, batches), [torch.zeros(4, 3, 2, 2), torch.ones(4, 3, 2, 2)]
+    append, views = Experiments(6, seed=5, batches=batches), [torch.zeros(4, 3, 2, 2), torch.ones(4, 3, 2, 2)]
     orders = []
     for batches.epoch in (0, 1, 0):
         for step in (1, 0):
@@ -59,7 +59,7 @@ def test_each_epoch_of_a_sampler_has_the_bits_of_its_images():
             assert torch.equal(one[:, 3:, 0, 0], bits_of(5, TRAIN, indices, 6))
             assert torch.equal(two[:, 3:], one[:, 3:]) and not torch.equal(two[:, :3], one[:, :3])
     assert orders[0] != orders[2] and orders[0] == orders[4]  # the orders did differ
-    assert RandomBits(0)(views, 0) is views
+    assert Experiments()(views, 0) is views
 
 
 def test_the_weights_for_the_picture_are_those_without_bits():
