@@ -89,6 +89,7 @@ def pretrain(process, args, folder):
 
     # Data: every process loads its part of each global batch.
     images = image_folder(folder, "train")
+    alter = Experiments(args.random_bits, args.recolor, seed, folder)
     recipe = pretraining(args.aug_plus, args.crops_only)
     device_aug, loading = loading_of(args, process.device)
     chosen = settings(args, device_aug, loading, execution, seed)
@@ -100,8 +101,7 @@ def pretrain(process, args, folder):
         photometric=device_aug == "off", bn_splits=args.bn_splits, bad_images=bad_images,
     )  # fmt: skip
     finish, how = finisher(device_aug, recipe, process.device)
-    batches = loader.batch_sampler
-    alter = Experiments(args.random_bits, args.recolor, seed, images, batches)
+    batches = alter.batches = loader.batch_sampler
     groups = process.world_size * args.bn_splits
     data = {"images": len(images), "global_batch": batches.global_batch, "batchnorm_groups": groups}
     knn = KnnEvaluation(args.knn, args.epochs, args.arch, process, execution)

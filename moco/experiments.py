@@ -1,30 +1,29 @@
 """What experiments on shortcuts change in the views of a training step: random bits, and colors at random."""
 
-from pathlib import Path
-
 from moco.random_bits import TRAIN, bits_of, with_channels, with_input_channels
 from moco.recolor import check_white, colors_of, recolored
 
 
 class Experiments:
-    """Gives each view a color (`recolor`) and appends its image's random bits (`bits`), alike in both views.
+    """Gives each view a color of its own (`recolor`), and both views of an image its random bits (`bits`).
 
-    Without either, views stay as they are. images: the ImageFolder of training; batches: the EpochBatches
-    that say which of them a step has. Raises UserError when `recolor` cannot be.
+    Without either, views stay as they are. folder: of the images; batches: the EpochBatches that say which of
+    them a step has, set before the first. Raises UserError unless those to `recolor` are Trifeature's in
+    white.
     """
 
-    def __init__(self, bits=0, recolor=False, seed=0, images=None, batches=None):
+    def __init__(self, bits=0, recolor=False, seed=0, folder=None, batches=None):
         self.bits, self.recolor, self.seed, self.batches = bits, recolor, seed, batches
         self._epoch = self._indices = None
         if recolor:
-            check_white(Path(images.root).parent)
+            check_white(folder)
 
     def widened(self, construct):
         """The callable `construct`, (num_classes) -> network, of networks that take the views as they are."""
         return with_input_channels(construct, self.bits)
 
     def __call__(self, views, step):
-        """views: two float32 (N, 3, H, W) of the sampler's epoch and this `step`."""
+        """views: two float32 (N, 3, H, W) of the sampler's epoch and this `step`; two (N, 3 + bits, H, W)."""
         if not self.bits and not self.recolor:
             return views
         epoch = self.batches.epoch

@@ -16,7 +16,7 @@ from torch import nn
 from moco.data import check_same_classes, image_folder
 from moco.distributed import from_first, sum_over_processes
 from moco.encoders import base_encoder, without_memory
-from moco.factors import FACTORS, factor_of, is_combination
+from moco.factors import AS_FOLDERS, FACTORS, factor_of, factors_of, is_combination
 from moco.folded_batchnorm import fold_batchnorm
 from moco.knn import neighbours, unit_rows, vote
 from moco.shuffle import concat_all_gather
@@ -32,10 +32,11 @@ def labellings(folder, train):
     """The ImageFolder val/ of `folder`, and what its classes and those of `train` stand for.
 
     The latter by name: (labels of train's classes, of val's, each int64, and how many there are); for
-    Trifeature, whose combinations in val/ never occur in train/, its three factors. Raises UserError when
+    Trifeature, whose combinations in val/ never occur in train/, its factors. Raises UserError when
     other folders have not the same classes.
     """
     val = image_folder(folder, "val")
+    shown = factors_of(folder)  # not what pictures hide, whatever the names of their folders say
     if all(map(is_combination, train.classes + val.classes)):
         return val, {
             factor: (
@@ -43,7 +44,7 @@ def labellings(folder, train):
                   for images in (train, val)),
                 len(values),
             )
-            for factor, values in FACTORS.items()
+            for factor, values in FACTORS.items() if factor in shown or shown == [AS_FOLDERS]
         }  # fmt: skip
     check_same_classes(folder, train, val, "leave out --knn")
     numbers = torch.arange(len(train.classes))

@@ -35,11 +35,14 @@ def measure(folder, factors, device, checkpoint=None, path=None, read=None, rene
     """
     from moco.bench_report import machine
     from moco.plain_loss import plain_loss
+    from moco.recolor import check_white
     from moco.versions import versions
 
     settings = checkpoint["settings"] if checkpoint else untrained
     if renew and settings.get("random_bits", 0):
         raise UserError("--renew-statistics does not go with random bits; leave it out")
+    if settings.get("recolor"):
+        check_white(folder)
     model = _model(checkpoint, path, settings)
     model.to(device)
     encoder = model.encoder_q if checkpoint else model

@@ -27,15 +27,14 @@ def plain_loss(model, folder, settings, device):
     loading = Loading(settings["image_size"], resize, settings["batch_size"], 0, None, cache)
     process = Process.alone(device)
     aug, seed, epoch = settings["device_aug"], settings["seed"], settings["epochs"]
-    images = image_folder(folder, "train")
     loader = loading.training(
-        images, recipe, process, seed,
+        image_folder(folder, "train"), recipe, process, seed,
         photometric=aug == "off", bn_splits=settings["bn_splits"],
     )  # fmt: skip
     finish, _ = finisher(aug, recipe, device)
     loader.batch_sampler.epoch = epoch
     of_run = settings.get("random_bits", 0), settings.get("recolor", False)
-    experiments = Experiments(*of_run, seed, images, loader.batch_sampler)
+    experiments = Experiments(*of_run, seed, folder, loader.batch_sampler)
     model.train()
     model.m = 1.0
     loss_meter, top1 = Meter("Loss", ".4f"), Meter("Acc@1", ".2f")

@@ -2,7 +2,8 @@
 
 Where both views of an image have its color, color solves a part of the instance task. Where each view has one
 of the ten colors at random, color solves none of it, while pictures of every color are seen as often as
-before. So encoders of two such trainings differ by what color did, not by which pictures they know.
+before. So encoders of two such trainings know the same pictures; they differ by what color solved, and by
+the invariance to it that the second must learn.
 """
 
 import json
@@ -20,13 +21,13 @@ from moco.trifeature_draw import GREY
 def check_white(folder):
     """Raise UserError unless the images in `folder` are Trifeature's, all in white."""
     try:
-        hidden = json.loads((Path(folder) / SETTINGS).read_text())["hide"]
+        drawn = json.loads((Path(folder) / SETTINGS).read_text())["hide"]
     except (OSError, ValueError, TypeError, KeyError):
-        hidden = None
-    if hidden != WHITE:
+        drawn = None
+    if drawn != WHITE:
         raise UserError(
-            f"--recolor gives colors to pictures that are drawn in white, and those in {folder} are not; "
-            f"draw some with python -m moco.trifeature DIR --hide {WHITE}"
+            f"a run with --recolor gives colors to pictures that are drawn in white, and those in {folder} "
+            f"are not; draw some with python -m moco.trifeature DIR --hide {WHITE}"
         )
 
 

@@ -57,7 +57,7 @@ def same_course(checkpoint, source, data, settings, say):
         raise UserError(
             f"{source} is no checkpoint of this program: it stands after {step} of an epoch's {steps} steps"
         )
-    for name, value in before.items():
+    for name, value in ({"recolor": False} | before if before else {}).items():  # older runs do not say so
         if settings.get(name, value) != value:
             say(f"note: {name} was {value} in {source} and is {settings[name]} from here on")
 

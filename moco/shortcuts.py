@@ -91,12 +91,13 @@ def _known_factors(args, data):
     """All that can be read of the images."""
     if getattr(args, "data", None) is not None:
         return factors_of(data)
-    trained = hidden(args.hide) if args.hide else None
-    read = hidden(args.read_without, "read-without") if args.read_without else trained
-    if trained and args.read_without and (trained[0] != read[0] or trained == read):
+    trained = hidden(args.hide) if args.hide is not None else None
+    given = args.read_without is not None
+    read = hidden(args.read_without, "read-without") if given else trained
+    if trained and given and (trained[0] != read[0] or trained == read):
         raise UserError(
             "--read-without beside --hide reads from pictures with another value of the same factor, as in "
-            "--hide color=red --read-without color=blue; name one, or leave one of the flags out"
+            "--hide color=red --read-without color=blue; name such a value, or leave one of the flags out"
         )
     return [factor for factor in FACTORS if not read or factor != read[0]]
 

@@ -2,6 +2,7 @@
 
 import math
 
+from moco.factors import hidden
 from moco.measure import RENEWED, SHARED, both_readings
 from moco.shortcuts_results import second_readings, without_reading
 
@@ -10,20 +11,33 @@ NOT_READ = {SHARED: "the same bits for all images", RENEWED: "renewed statistics
 
 def remarks(results):
     """What a reader of the numbers must know of single runs, a sentence each."""
-    for hide, read in sorted({(r.get("hide") or "", r.get("read_without") or "") for r in results}):
-        hidden, shown = hide.replace("=", ", "), read.replace("=", ", ")
-        if hide and read:
-            yield f"Trained on pictures of the same {hidden}; read from them with another for all: {shown}."
-        elif hide:
-            yield f"All pictures have the same {hidden}, those to train on and those to read from."
-        elif read:
-            yield f"Trained on all factors, and read from the same pictures with one {shown} for all."
+    yield from _on_pictures(results)
     yield from on_failures(results)
     for reading, words in NOT_READ.items():
         if reading in second_readings(results) and (names := without_reading(results, reading)):
             yield f"These were not read with {words}: {', '.join(names)}"
     yield from _on_weight_decays(results)
     yield from _on_differences_in_making(results)
+
+
+def _on_pictures(results):
+    """What pictures were trained on and read from, where that is not the whole of Trifeature."""
+    names = ("hide", "read_without", "recolor")
+    for hide, read, recolor in sorted({tuple(r.get(name) or "" for name in names) for r in results}):
+        if recolor:
+            shown = " ".join(hidden(read or hide))
+            yield f"Trained on views of colors at random, and read from the same pictures, all with {shown}."
+        elif hide and read:
+            trained, shown = (" ".join(hidden(words)) for words in (hide, read))
+            yield f"Trained on pictures that all have {trained}, and read from the same with {shown}."
+        elif hide:
+            yield f"All pictures have the same {_words(hide)}, those to train on and those to read from."
+        elif read:
+            yield f"Trained on all factors, and read from the same pictures with one {_words(read)} for all."
+
+
+def _words(words):
+    return words.replace("=", ", ")
 
 
 def on_failures(results):

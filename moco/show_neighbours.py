@@ -116,7 +116,7 @@ def nearest(queries, batches, count):
     return best, numbers
 
 
-def factors_of(name):
+def values_of(name):
     """(shape, texture, color) of the name of a Trifeature class, or None of another name."""
     values = tuple(name.split("_"))
     return values if values in COMBINATIONS else None
@@ -125,10 +125,10 @@ def factors_of(name):
 def agreement(found):
     """What the neighbours have in common with their images, in words: the class, or factors of Trifeature."""
     pairs = [(one.name, near.name) for one, others in found for near in others]
-    if not all(map(factors_of, {name for pair in pairs for name in pair})):
+    if not all(map(values_of, {name for pair in pairs for name in pair})):
         return f"{sum(a == b for a, b in pairs)} of {len(pairs)} neighbours have the image's class"
     factors = zip(
-        *[[a == b for a, b in zip(*map(factors_of, pair), strict=True)] for pair in pairs], strict=True
+        *[[a == b for a, b in zip(*map(values_of, pair), strict=True)] for pair in pairs], strict=True
     )
     agree = [f"{name} {sum(same)}" for name, same in zip(FACTORS, factors, strict=True)]
     return f"of {len(pairs)} neighbours agree in {', '.join(agree)}"
@@ -167,7 +167,7 @@ def _draw(axis, shown, one):
     axis.spines[:].set_visible(False)
     head = f"cosine {shown.cosine:.3f}" if one else f"val {shown.index}"
     axis.set_title(head, fontsize=8, pad=3, fontweight=None if one else "bold")
-    own, its = factors_of(shown.name), factors_of(one.name) if one else None
+    own, its = values_of(shown.name), values_of(one.name) if one else None
     lines = own or (shown.name,)
     same = [None] * len(lines) if one is None else [shown.name == one.name]
     if own and its:

@@ -57,7 +57,7 @@ def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, for
     """
     workers = min(available_cores() if workers is None else workers, len(COMBINATIONS))
     _check_settings(size, seed, renders, workers)
-    if hide:
+    if hide is not None:
         hidden(hide)
     out = Path(out).resolve()
     try:

@@ -132,6 +132,14 @@ def test_a_sweep_reads_from_another_value_than_it_trains_on(tmp_path, cli, monke
         (["trifeature", "--hide", "color=pale"], "--hide color=pale: color has no such value; choose one of"),
         (["trifeature", "--hide", "color="], "--hide color=: color has no such value; choose one of red, "),
         (
+            ["trifeature", "--hide", ""],
+            "--hide : there is no such factor; choose one of shape, texture, color",
+        ),
+        (
+            ["trifeature", "--read-without", ""],
+            "--read-without : there is no such factor; choose one of shape",
+        ),
+        (
             ["trifeature", "--read-without", "color", "--hide", "shape"],
             "another value of the same factor, as in",
         ),

@@ -18,7 +18,7 @@ from moco.distributed import Process
 from moco.encoders import base_encoder
 from moco.errors import UserError
 from moco.execution import Execution
-from moco.factors import FACTORS
+from moco.factors import FACTORS, SETTINGS
 from moco.knn_evaluation import KnnEvaluation, labellings
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD
 from moco.small_maps import small_maps
@@ -185,6 +185,8 @@ def test_factors_of_trifeature_and_an_image_that_cannot_be_read(tmp_path, run_ra
         expected = right(train, val, lambda name: values.index(name.split("_")[number]), 10)  # noqa: B023
         assert first[factor] == pytest.approx(expected)
     assert len(set(first.values())) > 1
+    (tmp_path / SETTINGS).write_text('{"hide": "color=white"}')  # whatever the names of the folders say
+    assert list(labellings(tmp_path, image_folder(tmp_path, "train"))[1]) == ["shape", "texture"]
 
 
 def test_nothing_of_the_encoder_changes_and_the_pixels_are_kept(folders):

@@ -12,10 +12,14 @@ from test_resume import WORDS, content, pretrained
 from test_shortcuts import LISTS, SMALL, sweep_of
 
 import main_moco
-from moco import shortcuts, trifeature
+from moco import experiments, measure, shortcuts, trifeature
 from moco.builder import MoCo
+from moco.checkpoint import save_checkpoint
+from moco.checkpoint_reader import read_checkpoint
 from moco.data import EpochBatches
+from moco.experiments import Experiments
 from moco.factors import COLORS, SETTINGS
+from moco.plain_loss import plain_loss
 from moco.recolor import colors_of, recolored
 from moco.sweep import read_results
 from moco.views import normalise
@@ -66,7 +70,7 @@ def test_colors_are_even_and_independent_of_view_epoch_and_seed():
 
 
 def test_each_step_of_a_run_has_its_own_colors_in_both_views(white, monkeypatch, tmp_path):
-    """The model gets views in the colors that (seed, epoch, view, image) give, in 1 process and in 2."""
+    """The model gets views in the colors that (seed, epoch, view, image) give."""
     seen, real = [], MoCo.forward
 
     def forward(self, *views, **options):
@@ -92,6 +96,52 @@ def test_each_step_of_a_run_has_its_own_colors_in_both_views(white, monkeypatch,
     assert len(seen) == 6 and checked > 40  # most crops have some of the shape
 
 
+def test_processes_give_their_images_the_colors_that_one_process_gives(white):
+    """And to both views of an image its bits."""
+
+    def altered(rank, world):
+        batches = EpochBatches(24, 8, 3, rank, world)
+        alter, size = Experiments(2, True, 3, white, batches), 8 // world
+        batches.epoch = 1
+        return [alter([torch.ones(size, 3, 2, 2)] * 2, step) for step in range(3)]
+
+    whole, parts = altered(0, 1), [altered(rank, 2) for rank in (0, 1)]
+    for step, views in enumerate(whole):
+        for n, view in enumerate(views):
+            assert view.shape == (8, 5, 2, 2)
+            assert torch.equal(view, torch.cat([part[step][n] for part in parts]))
+        one, two = views
+        assert not torch.equal(one[:, :3], two[:, :3]) and torch.equal(one[:, 3:], two[:, 3:])
+    assert not torch.equal(whole[0][0], whole[1][0])
+
+
+def test_the_plain_loss_is_of_recolored_views(white, monkeypatch, tmp_path):
+    assert pretrained(0, 1, [*FLAGS, "--output-dir", tmp_path], white) == 0
+    checkpoint = read_checkpoint(tmp_path / "checkpoint_0001.pth.tar")
+
+    def loss(**changed):
+        model = measure._model(checkpoint, "there", checkpoint["settings"])
+        return plain_loss(model, white, checkpoint["settings"] | changed, torch.device("cpu"))[0]
+
+    drawn, real = [], colors_of
+    monkeypatch.setattr(experiments, "colors_of", lambda *way: drawn.append(way) or real(*way))
+    found = loss()
+    assert [way[:3] for way in drawn] == [(3, 2, 0), (3, 2, 1)] * 3  # of the epoch that would come next
+    assert loss(recolor=False) != found == loss() and math.isfinite(found)
+
+
+def test_an_older_run_without_the_setting_goes_on_with_a_note(white, tmp_path, capsys):
+    plain = [word for word in FLAGS if word != "--recolor"]
+    assert pretrained(0, 1, [*plain, "--epochs", "1", "--output-dir", tmp_path], white) == 0
+    newest = tmp_path / "checkpoint_0000.pth.tar"
+    checkpoint = torch.load(newest, weights_only=True)
+    del checkpoint["settings"]["recolor"]
+    save_checkpoint(checkpoint, newest)
+    capsys.readouterr()
+    assert pretrained(0, 1, [*FLAGS, "--resume", str(newest), "--output-dir", tmp_path], white) == 0
+    assert f"note: recolor was False in {newest} and is True from here on" in capsys.readouterr().out
+
+
 def test_a_run_that_stops_within_an_epoch_goes_on_exactly(white, run_ranks, tmp_path):
     whole, stopped, other = (tmp_path / name for name in ("whole", "stopped", "other"))
     for folder in (whole, stopped, other):
@@ -112,7 +162,7 @@ def test_a_run_that_stops_within_an_epoch_goes_on_exactly(white, run_ranks, tmp_
         (
             "folders",
             ["--crops-only", "--recolor"],
-            "gives colors to pictures that are drawn in white, and those",
+            "a run with --recolor gives colors to pictures that are drawn in white, and those",
         ),
         ("white", ["--aug-plus", "--recolor"], "--recolor takes views as --crops-only makes them; add that"),
     ],

@@ -138,7 +138,8 @@ def test_two_readings_are_compared_each_with_its_own(tmp_path):
 def test_what_else_differs_between_sweeps_is_told(tmp_path):
     base = made(recipes=("crops",))
     first = folder_of(tmp_path / "a", base, WITH | {"epochs": 12, "renew_statistics": True})
-    text = comparison(first, folder_of(tmp_path / "b", base, WITHOUT | {"epochs": 36}))
+    text = comparison(first, folder_of(tmp_path / "b", base, WITHOUT | {"epochs": 36, "recolor": True}))
+    assert "read_without color and None; recolor None and True.\n" in text
     assert "They differ in more than pictures, so differences are of that, too: epochs 12 and 36.\n" in text
 
 

@@ -69,5 +69,10 @@ def test_a_factor_that_pictures_lack_is_told():
     assert "Trained on all factors, and read from the same pictures with one shape for all.\n" in table(read)
     assert "All pictures" not in table(read) and "Trained on all" not in table(hidden)
     both = [result | {"hide": "color", "read_without": "color=blue"} for result in made()]
-    other = "Trained on pictures of the same color; read from them with another for all: color, blue.\n"
+    other = "Trained on pictures that all have color red, and read from the same with color blue.\n"
     assert other in table(both) and "All pictures" not in table(both)
+    changes = {"hide": "color=white", "recolor": True, "read_without": "color"}
+    recolored = [result | changes for result in made()]
+    told = "Trained on views of colors at random, and read from the same pictures, all with color "
+    assert f"{told}red.\n" in table(recolored) and "that all have" not in table(recolored)
+    assert f"{told}white.\n" in table([result | {"read_without": None} for result in recolored])
