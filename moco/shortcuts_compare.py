@@ -1,9 +1,9 @@
 """What a factor in the pictures takes from the others: readouts of one sweep less those of another, by seed.
 
-python -m moco.shortcuts_compare runs/with_color runs/without_color
-python -m moco.shortcuts_compare runs/with_color runs/without_color -o suppression.png
+python -m moco.shortcuts_compare runs/with_color runs/recolored
+python -m moco.shortcuts_compare runs/with_color runs/recolored -o suppression.png
 
-Both must be read from the same pictures, as sweeps with --read-without color and with --hide color are.
+Both must be read from the same pictures, as sweeps with --read-without color are, --recolor beside it or not.
 """
 
 import argparse

@@ -74,4 +74,5 @@ def _panel(axis, names, found, starts, place, factor):
         if not math.isnan(half):
             axis.axhspan(mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
     axis.set_xticks(range(len(epsilons)), [number(epsilon) for epsilon in epsilons])
+    axis.set_xlim(-0.5, len(epsilons) - 0.5)
     within_percent(axis)

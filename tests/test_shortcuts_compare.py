@@ -187,6 +187,7 @@ def test_the_picture_holds_both_readouts_and_the_levels(tmp_path, capsys, monkey
         assert row[0].get_ylabel() == f"{factor}, %"
         for axis, T in zip(row, (0.07, 0.2), strict=True):
             assert axis.get_title(loc="left") == f"crops, T {T}"
+            assert axis.get_xlim() == (-0.5, len(EPSILONS) - 0.5)  # also of one epsilon, which would fill it
             found = curves(axis)
             for name, results, epsilons in (("a", first, EPSILONS), ("b", plain, (0,))):
                 runs = [of(results, T=T, epsilon=epsilon) for epsilon in epsilons]
