@@ -19,7 +19,8 @@ RENEWED_NAME, LESS = " (renewed statistics)", " less "
 PAIRS = [
     ("with_color", "without_color"), ("more_with_color", "more_without_color"),
     ("blue_with_color", "blue_without_color"), ("with_color", "recolored"),
-    ("with_color36", "recolored36"),
+    ("recolored", "without_color"), ("with_color36", "recolored36"),
+    ("with_color36", "hidden_color"), ("recolored36", "hidden_color"),
 ]  # fmt: skip
 EXCERPTS = {  # of which a part is shown
     "trifeature64", "trifeature-short-grid", "randbit-one-reading", "randbit-lr", "randbit-lr (shared bits)",
