@@ -112,6 +112,30 @@ def test_the_readme_says_of_texture_and_cost_what_pairs_of_runs_give():
     assert f"at {middle:.3f} times ({low:.3f} and {high:.3f}, {len(ratios)} pairs" in text
 
 
+def test_the_readme_says_what_three_seeds_gave_and_what_length_gave():
+    """What no table has: changes by epsilon of the first seeds alone, and shape after 36 epochs less 12."""
+    text, runs = " ".join(section().split()), {}
+    for name in ("with_color", "with_color36", "recolored", "recolored36"):
+        for run in read_results(ROOT / ".results" / name):
+            if run["trained"]:
+                for factor, readout in run[RENEWED].items():
+                    runs[name, factor, run["epsilon"], run["T"], run["seed"]] = readout["accuracy"]
+    both, seeds = (0.07, 0.2), range(3)
+    changes = [
+        [statistics.fmean(runs["with_color", "texture", e, T, s] - runs["with_color", "texture", 0, T, s]
+                          for T in both) for s in seeds]
+        for e in (0.1, 0.2, 0.5)
+    ]  # fmt: skip
+    one, two, three = (f"{mean:+.1f} ± {half:.1f}" for mean, half in map(interval, changes))
+    assert f"first three seeds alone gave texture {one}, {two} and {three};" in text
+    gains = [
+        statistics.fmean(runs[f"{name}36", "shape", 0, T, s] - runs[name, "shape", 0, T, s]
+                         for T in both for s in seeds)
+        for name in ("recolored", "with_color")
+    ]  # fmt: skip
+    assert "`recolored` gained {:.1f} points of shape, `with_color` {:.1f} (".format(*gains) in text
+
+
 def tables(text):
     """Markdown's tables: (cells of the head, rows of cells) each."""
     found = []
