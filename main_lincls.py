@@ -1,249 +1,218 @@
-"""Linear classification on the frozen features of a pre-trained encoder.
+"""Linear evaluation: train linear classifiers on the frozen features of a pre-trained encoder.
 
-python main_lincls.py --pretrained checkpoint_0199.pth.tar --dataset_root ROOT ...   (and every way to
-start that main_moco.py has)
-python main_lincls.py --lr 1 3 10 30 ...    trains a classifier per value in one pass and keeps the best
+python main_lincls.py --pretrained checkpoint_0199.pth.tar --dataset_root ROOT ...   started like main_moco.py
+python main_lincls.py --lr 1 3 10 30 --pretrained ...   a classifier for each value in one pass over the data
+python main_lincls.py --evaluate --resume model_best.pth.tar ...   validates a classifier
 """
 
-import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import heads, linear_report, zoo
-from moco.bad_images import BadImages
-from moco.data import labelled_folders, paths_of
-from moco.distributed import Process, check_agreement, everybodys, from_first, wrap
-from moco.draws import linear_train
+from moco import options, seeds, zoo
+from moco.data.augment import linear_train
+from moco.data.cache import decoded_cache
+from moco.data.device import DeviceAugment, normalize
+from moco.data.folders import data_folder, labelled_folders, paths_of
+from moco.data.loader import TrainLoader, ValidationLoader, batch_per_process
 from moco.encoders import base_encoder, check_image_size
-from moco.errors import run_program
-from moco.execution import Execution, execution_of
-from moco.factors import FACTORS
-from moco.finish import finisher
-from moco.heads import Layers, check_frozen, freeze_all_but_last
-from moco.launch import launch
-from moco.linear_checkpoint import Place, restore
-from moco.linear_folder import LinearFolder
-from moco.linear_options import check, goes_on, notes, parse_args
-from moco.memory import peak_megabytes
-from moco.meters import accuracy, top_classes
-from moco.resume import same_classes, same_course, start_from
-from moco.run_log import RunLog, start_log
-from moco.run_settings import check_output, data_folder, fast_line, loading_line, loading_of, settings
-from moco.seeds import run_seed
-from moco.views import normalise
-from moco.watch import Signals, Watch
+from moco.errors import UserError, run_program
+from moco.evaluate import linear
+from moco.files import make_output_folder
+from moco.run.checkpoint import (
+    LinearCheckpoints,
+    check_arch,
+    check_compatible,
+    encoder_state,
+    load_strictly,
+    read,
+)
+from moco.run.launch import launch
+from moco.run.log import Meters, RunLog
+from moco.run.signals import StopRequest
 
 
 def main():
-    args = parse_args()
-    check(args)
+    args = options.linear_evaluation()
     check_image_size(args.arch, args.image_size)
-    check_output(args.output_dir)
-    folder = data_folder(args)
-    labelled_folders(folder, args.target)
-    if args.pretrained and not goes_on(args):  # the checkpoint holds the features too
-        args.pretrained = str(zoo.resolve(args.pretrained))  # last, as it may download
-    launch(
-        evaluate_features, (args, folder),
-        nodes=args.world_size, node_rank=args.rank, url=args.dist_url, backend=args.dist_backend,
-        spawn=args.multiprocessing_distributed, gpu=args.gpu,
-    )  # fmt: skip
+    make_output_folder(args.output_dir)
+    args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
+    labelled_folders(args.folder, args.target)  # fails before any process is started
+    if args.pretrained and not Path(args.resume).is_file():  # the checkpoint to resume has the features too
+        args.pretrained = str(zoo.resolve(args.pretrained))  # downloads a released model
+    launch(evaluate, args, **options.processes(args))
 
 
-@dataclass
-class Run:
-    """What the steps of a run share, in one of its processes."""
-
-    args: argparse.Namespace
-    process: Process
-    output: LinearFolder
-    loader: Any
-    val_loader: Any
-    finish: Callable
-    bad_image_lines: Callable  # of an epoch
-    execution: Execution
-    model: nn.Module
-    heads: list
-    shared: dict  # entries of every checkpoint
-    watch: Watch
-    print_freq: int  # 0 where nothing is printed
-    record: RunLog = RunLog()
-
-
-def evaluate_features(process, args, folder):
+def evaluate(rank, args):
     """Train and validate the classifiers in one process of the run."""
-    say, output = process.say, LinearFolder(args.output_dir)
-    resumed, checkpoint = start_from(process, args.resume, output, args.arch, say, args.pretrained)
+    checkpoints = LinearCheckpoints(args.output_dir, rank)
+    if args.evaluate and args.resume != "auto":
+        resumed, checkpoint = args.resume, read(args.resume)  # no file of --output-dir is touched
+    else:
+        resumed, checkpoint = checkpoints.load(args.resume, args.overwrite)  # None and {} for a new run
+    if args.evaluate and not resumed:
+        raise UserError(
+            "--evaluate finds no classifier in --output-dir; name it: --resume model_best.pth.tar"
+        )
+    seed = rank.broadcast(seeds.run_seed(args.seed, checkpoint))
     source = resumed or args.pretrained
-    execution = execution_of(process.device, args.amp, args.channels_last, args.compile, args.fast)
-    seed = from_first(run_seed(args.seed, checkpoint if resumed else {}))
+    if source and not resumed:
+        checkpoint = read(source)
+    check_arch(checkpoint, args.arch, source)
+    options.resolve(args, rank.device)
+    settings = options.settings(args, seed)
 
-    # Data: training samples are shared out batch by batch, validation images one by one.
-    train_images, val_images, classes = labelled_folders(folder, args.target)
-    names = list(FACTORS[args.target] if args.target else train_images.classes)
-    device_aug, loading = loading_of(args, process.device)
-    bad_images = BadImages(args.on_bad_image, len(train_images), seed)
-    loader = loading.training(
-        train_images, linear_train(), process, seed,
-        views=1, photometric=device_aug == "off", bad_images=bad_images,
-    )  # fmt: skip
-    val_loader = loading.validation(val_images, process)
-    finish, how = finisher(device_aug, linear_train(), process.device)
-    chosen = settings(args, device_aug, loading, execution, seed)
-    data = {"images": len(train_images), "validation_images": len(val_images)}
-    data |= {"global_batch": loader.batch_sampler.global_batch, "processes": process.world_size}
-    alike = {"classes": names, "start_epoch": args.start_epoch, "checkpoint": str(source)}
-    check_agreement(chosen | data | alike)
+    # Data. Every random number of a view is a function of (seed, epoch, index): moco/data/README.md
+    images, val_images, classes = labelled_folders(args.folder, args.target)
+    rank.check_same(settings | {"images": len(images), "classes": classes, "checkpoint": source})
+    in_workers = args.device_aug == "off"  # where flips are made
+    loading = {
+        "size": args.image_size,
+        "batch_size": batch_per_process(args.batch_size, rank.local_world_size, views=1),
+        "rank": rank.rank,
+        "world_size": rank.world_size,
+        "resize": args.resize,
+        "workers": rank.loader_workers(args.workers),
+        "device": rank.device,
+    }
+    cache = val_cache = None
+    if args.cache:
+        node = rank.rank, rank.local_rank, rank.local_world_size, rank.all_gather
+        cache = decoded_cache(paths_of(images), *node, loading["workers"])
+        val_cache = decoded_cache(paths_of(val_images), *node, loading["workers"])
+    extra = {"views": 1, "photometric": in_workers, "cache": cache, "on_bad_image": args.on_bad_image}
+    loader = TrainLoader(images, linear_train(), seed=seed, **loading, **extra)
+    val_loader = ValidationLoader(val_images, cache=val_cache, **loading)
+    batch_shape = loading["batch_size"], args.image_size
+    augment = DeviceAugment(linear_train(), rank.device, not in_workers, batch_shape)
 
-    # Model: everything is frozen but the last layer, which starts small, the same for every learning rate.
+    # Model. All is frozen but the last layer, which starts small and equal for every --lr and rank.
     torch.manual_seed(seed)
-    model = base_encoder(args.arch)(num_classes=classes)
+    backbone = base_encoder(args.arch)(num_classes=len(classes)).requires_grad_(False).eval()
+    backbone.fc.weight.normal_(mean=0.0, std=0.01)
+    backbone.fc.bias.zero_()
     if resumed:
-        same_classes(checkpoint, source, names)
-    freeze_all_but_last(model, checkpoint, source, resumed)
-    model.fc = Layers(model.fc, len(args.lr))
-    execution.prepare(model)
-    model = wrap(model.to(process.device), process)
-    sgd = args.lr, args.momentum, args.weight_decay
-    of_lrs = heads.make_heads(model.module.fc, *sgd, execution.new_scaler)
-    place = Place(args.start_epoch)
-    if resumed and not args.evaluate:
-        place = restore(of_lrs, checkpoint, source, args.epochs)
-        same_course(checkpoint, source, data, chosen, say)
+        linear.check_classes(checkpoint, source, classes)
+        load_strictly(backbone, checkpoint["state_dict"], source)
+    elif source:
+        load_strictly(backbone, encoder_state(checkpoint, source), source, ("fc.weight", "fc.bias"))
+    lrs = args.lr[:1] if args.evaluate else args.lr  # a checkpoint's own tensors are of one classifier
+    probes = linear.Probes(backbone.fc, len(lrs)).to(rank.device)
+    backbone.fc = nn.Identity()
+    options.prepare(args, backbone)  # --channels-last, --compile
+    backbone.to(rank.device)
+    results = linear.Results(lrs, classes)
 
-    for line in (
-        "{images} training and {validation_images} validation images".format(**data)
-        + f" of {folder}, {classes} classes; seed {seed}",
-        *(loading_line(loader, loading), how, execution),
-        *([fast_line(args, chosen)] if args.fast else []),
-        *notes(args, source),
-    ):
-        say(line)
+    rank.print(
+        f"{len(images)} training and {len(val_images)} validation images of {args.folder}, "
+        f"{len(classes)} classes"
+    )
+    rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {options.speed(args)}")
+    rank.print(loader.transport)
+    rank.print(augment)
+    rank.print(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
+    if args.evaluate:
+        accuracies, _ = validate(backbone, probes, val_loader, rank, args, shown=0)
+        rank.print(results.accuracy_line(accuracies, 0))
+        return
+    if len(lrs) > 1:
+        rank.print(f"{len(lrs)} classifiers; steps show the best so far, at first --lr {lrs[0]:g}")
 
-    shared = {"arch": args.arch, "seed": seed, "settings": chosen, "data": data, "classes": names}
-    with Signals() as signals:
-        run = Run(
-            args, process, output, loader, val_loader, finish,
-            partial(bad_images.lines, paths=paths_of(train_images)), execution, model, of_lrs, shared,
-            Watch(signals, process), args.print_freq * process.is_first,
-        )  # fmt: skip
-        if args.evaluate:
-            found = validate(run) or run.watch.leave("in the validation", "it is not finished")
-            for line in linear_report.worst_classes(found[2], names):
-                say(line)
-            return
-        if process.is_first:
-            output.start(resumed, say)
-        with start_log(
-            args.output_dir, process, False, "main_lincls.py", linear=True, settings=chosen, **data,
-            classes=classes, steps=len(loader), chance=math.log(classes), epoch=place.epoch, step=place.step,
-        ) as run.record:  # fmt: skip
-            train(run, place)
+    optimizer = linear.sgd(probes, lrs, args.momentum, args.weight_decay)
+    first_epoch = args.start_epoch
+    data = {"images": len(images), "validation_images": len(val_images)}
+    data |= {"global_batch": loader.global_batch, "processes": rank.world_size}
+    if resumed:
+        check_compatible(checkpoint, source, data, settings, rank)
+        first_epoch = linear.restore(checkpoint, source, probes, optimizer, results, args.epochs)
+    frozen = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    ddp = rank.wrap(probes)
 
+    start = {"epoch": first_epoch, "step": 0, "steps": len(loader), "settings": settings, **data}
+    log = RunLog(args.output_dir, "linear.jsonl", rank, chance=math.log(len(classes)), **start)
+    with log, StopRequest(rank) as stop:  # SIGTERM, SIGINT, SIGUSR1: leave the epoch, exit code 75
+        for epoch in range(first_epoch, args.epochs):
+            set_learning_rates(optimizer, epoch, args)
+            meters = Meters(f"Epoch: [{epoch}]", len(loader), rank, shown=results.leader)
+            if not train_one_epoch(backbone, ddp, optimizer, loader, augment, meters, log, stop, epoch, args):
+                stop.exit(f"stopped in epoch {epoch}, from whose start a resumed run continues")
+            losses = linear.mean_losses(meters, rank)
+            for line in results.check_finite(epoch, losses):
+                rank.print(line)
+            linear.check_frozen(backbone, frozen)
 
-def train(run, place):
-    """Train from a Place to the end, or until a process is told to stop: then SystemExit ends it. Report."""
-    args, process, batches, output = run.args, run.process, run.loader.batch_sampler, run.output
-    frozen = {n: t.clone() for n, t in run.model.module.state_dict().items() if not n.startswith("fc.")}
-    kept = f"{output.newest} has it all; --resume auto goes on"
-    for epoch in range(place.epoch, args.epochs):
-        heads.set_learning_rates(run.heads, epoch, args.epochs, args.schedule)
-        batches.epoch, batches.first = epoch, place.step
-        logs, shown = heads.epoch_logs(run.heads, place, run.loader, run.print_freq, process, run.record)
-        step, told, losses = train_epoch(run, epoch, logs, shown)
-        for line in run.bad_image_lines(epoch):
-            process.say(line)
-        if told or (found := validate(run)) is None:
-            place.step, place.logs = step, everybodys([log.state_dict() for log in logs])
-            if process.is_first:
-                output.save(run.heads, place, run.model.state_dict(), run.shared)
-            run.watch.leave(f"in epoch {epoch} after {step} of {len(batches)} steps", kept)
-        check_frozen(run.model.module, frozen)
+            accuracies, confusion = validate(backbone, probes, val_loader, rank, args, results.leader)
+            best, improved = results.add(epoch, losses, accuracies, confusion)
+            rank.print(results.accuracy_line(accuracies, best))
+            log.epoch(epoch, **meters.times(), **results.log_entries(best, meters, optimizer))
 
-        reached, best, confused = found
-        heads.record(run.heads, epoch, losses, reached)
-        means = linear_report.epoch_entry(run.heads, best, losses, reached, logs, shown)
-        run.record.write("epoch", epoch=epoch, **means, memory_mb=peak_megabytes(process.device))
-        place.epoch, place.step, place.logs = epoch + 1, 0, ()
-        if is_best := reached[best][0] > place.best_acc1:
-            place.best_acc1, place.confusion = reached[best][0], confused
-        if process.is_first:
-            output.save(run.heads, place, run.model.state_dict(), run.shared, best if is_best else None)
-        if run.watch.last()[0] and epoch + 1 < args.epochs:
-            run.watch.leave(f"after epoch {epoch}", kept)
-    if process.is_first:
-        for line in linear_report.finish(output.report, run.heads, place, run.shared):
-            print(line)
-        output.tidy()
+            entries = {"epoch": epoch + 1, "arch": args.arch, "classes": classes}
+            entries |= {"seed": seed, "settings": settings, "data": data}
+            model_best = linear.checkpoint_of(best, backbone, probes, optimizer, results) | entries
+            newest = linear.checkpoint_of_all(backbone, probes, optimizer, results) | entries
+            checkpoints.save(newest, model_best if improved else None)
+            if stop.requested() and epoch + 1 < args.epochs:
+                stop.exit(f"stopped after epoch {epoch}, saved {checkpoints.newest}")
+    if rank.is_first:
+        results.write(Path(args.output_dir) / "linear.json", seed)
+    rank.print(results.table())
+    checkpoints.finish()
 
 
-def train_epoch(run, epoch, logs, shown):
-    """Train on what is left of an epoch, unless a process of the run is told to stop; with the backbone in
-    evaluation mode, so that its BatchNorm stays as it is. Returns how many of its steps are done, whether one
-    was told, and the mean loss of every head over all processes.
+def train_one_epoch(backbone, probes, optimizer, loader, augment, meters, log, stop, epoch, args):
+    """Train the classifiers on an epoch. Returns False when it ends early because a stop was requested."""
+    lr, head = optimizer.param_groups[meters.shown]["lr"], args.lr[meters.shown]
+    for step, batch in meters.timed(loader.epoch(epoch)):
+        [images] = augment(batch)  # float32 N x 3 x S x S
+        features = features_of(backbone, images, args)  # N x d
+        outputs = probes(features)  # of each classifier N x classes
+        losses = torch.stack([F.cross_entropy(output, batch.targets) for output in outputs])
 
-    logs: of each head; shown: the one that prints. Raises UserError when no head has a finite loss left.
-    """
-    run.model.eval()
-    step = shown.first - 1
-    for step, batch in enumerate(shown.steps(), shown.first):  # noqa: B007, how many it was counts
-        [images], target = run.finish(batch), batch.targets
+        optimizer.zero_grad()
+        losses.sum().backward()  # each classifier gets the gradient of its own loss
+        optimizer.step()
 
-        with run.execution.autocast():
-            outputs = run.model(images)  # of each head N x classes
-        outputs = [output.float() for output in outputs]
-        losses = [F.cross_entropy(output, target) for output in outputs]
-
-        heads.train_step(run.heads, losses)
-        for log, loss, output in zip(logs, losses, outputs, strict=True):
-            log.update(loss, accuracy(output, target), len(target))
-        if shown.due:
-            shown.note({}, memory_mb=peak_megabytes(run.process.device))
-        if any(run.watch.step(heads.any_finite(run.heads, [log.loss.total for log in logs]))):
-            shown.stop()
-    told, bad = run.watch.last()
-    losses = heads.mean_losses(logs, run.process.device)
-    if bad or not told:  # within an epoch a head that diverges is noted only at its end
-        heads.note_diverged(run.heads, losses, epoch, run.process.say)
-    return step + 1, told, losses
+        meters.update(losses, linear.accuracies(outputs, batch.targets), len(images))
+        if step % args.print_freq == 0:
+            log.step(meters, epoch, step, lr=lr, head=head)
+        if stop.requested():  # on any rank
+            return step + 1 == len(loader)
+    return True
 
 
 @torch.no_grad()
-def validate(run):
-    """Top-1 and top-5 accuracy of every head in percent on the validation set, each image counted once in all
-    processes; which head that has not diverged is the best; and its moco.linear_report.confusion_of. None
-    when a process was told to stop.
-    """
-    run.model.eval()
-    steps = min(everybodys(len(run.val_loader)))  # that every process has
-    logs, shown = heads.step_logs("Test: ", run.val_loader, run.heads, run.print_freq)
-    targets = [torch.empty(0, dtype=torch.int64, device=run.process.device)]
-    predictions = [targets[0].expand(len(run.heads), 0)]
-    for step, batch in enumerate(shown.steps()):
-        target = batch.targets
-        with run.execution.autocast():  # past DDP, as processes may differ in steps
-            outputs = run.model.module(normalise(batch.pixels[0]))
-        outputs = [output.float() for output in outputs]
-        for log, output in zip(logs, outputs, strict=True):
-            log.update(F.cross_entropy(output, target), accuracy(output, target), len(target))
-        targets.append(target.clone())  # the batch's own would hold its slot of the loader's memory
-        predictions.append(torch.stack([top_classes(output)[:, 0] for output in outputs]))
-        if step < steps and run.watch.step(torch.zeros(()))[0]:
-            return None
-    run.watch.last()
+def validate(backbone, probes, loader, rank, args, shown):
+    """([(top-1, top-5) of each classifier in percent], confusion counts) on the images of all ranks."""
+    meters = Meters("Test: ", len(loader), rank, shown=shown)
+    targets, top = [], []
+    for step, batch in meters.timed(loader):
+        features = features_of(backbone, normalize(batch.pixels[0]), args)
+        outputs = probes(features)
+        losses = torch.stack([F.cross_entropy(output, batch.targets) for output in outputs])
+        meters.update(losses, linear.accuracies(outputs, batch.targets), len(features))
+        if step % args.print_freq == 0:
+            rank.print(meters.line(step))
+        targets.append(batch.targets)
+        top.append(torch.stack([output.topk(min(5, output.shape[1])).indices for output in outputs]))
+    return linear.score(torch.cat(targets), torch.cat(top, dim=1), outputs[0].shape[1], rank)
 
-    reached = heads.mean_accuracies(logs, run.process.device)
-    best = heads.best_now(run.heads, reached)
-    for line in linear_report.accuracies(run.heads, reached, best):
-        run.process.say(line)
-    return reached, best, linear_report.confusion_of(torch.cat(targets), torch.cat(predictions, 1)[best])
+
+@torch.no_grad()
+def features_of(backbone, images, args):
+    """Pooled features N x d, float32 whatever precision (--amp) the backbone computes in."""
+    with options.autocast(args, images.device):
+        return backbone(images).float()
+
+
+def set_learning_rates(optimizer, epoch, args):
+    """Each --lr x 0.1 at each epoch of --schedule."""
+    for group, lr in zip(optimizer.param_groups, args.lr, strict=True):
+        for milestone in args.schedule:
+            lr *= 0.1 if epoch >= milestone else 1
+        group["lr"] = lr
 
 
 if __name__ == "__main__":

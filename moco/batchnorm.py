@@ -15,7 +15,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     group i % splits.
 
     Interleaved, because a batch of N = n * splits samples is then, without a copy, one of n samples with
-    splits * C channels, which the usual kernel normalises at its usual speed. The running statistics are
+    splits * C channels, which the usual kernel normalizes at its usual speed. The running statistics are
     those of group 0, as in DistributedDataParallel, which keeps the buffers of rank 0. Evaluation is
     unchanged.
     """
@@ -79,9 +79,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batchnorm(module, splits):
-    """Make every BatchNorm2d below `module` a SplitBatchNorm2d in place; names and tensors stay. Returns
-    how many.
-    """
+    """Replace every BatchNorm2d below `module` by a SplitBatchNorm2d with its tensors; return how many."""
     changed = 0
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -103,12 +101,10 @@ def split_batchnorm(module, splits):
 
 
 def interleave(x, splits):
-    """Reorder N = splits * n samples so that the contiguous groups, as of `splits` processes, become
-    interleaved.
-    """
+    """Reorder N = splits * n samples: contiguous groups, as of `splits` processes, become interleaved."""
     return x if splits == 1 else x.unflatten(0, (splits, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def deinterleave(x, splits):
-    """Undo `interleave`: the samples of one group stand together again."""
+    """Undo `interleave`: the samples of each group are contiguous again."""
     return x if splits == 1 else x.unflatten(0, (-1, splits)).transpose(0, 1).flatten(0, 1)

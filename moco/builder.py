@@ -1,5 +1,4 @@
-"""MoCo: two encoders, a queue of keys, and InfoNCE logits that implicit feature modification (IFM) can
-perturb.
+"""MoCo: two encoders, a queue of keys, and logits that implicit feature modification (IFM) can perturb.
 
 He et al., "Momentum contrast for unsupervised visual representation learning", CVPR 2020 (algorithm 1);
 Chen et al., "Improved baselines with momentum contrastive learning", 2020 (MoCo v2);
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco.batchnorm import deinterleave, interleave, split_batchnorm
-from moco.contrast import contrast
+from moco.losses import contrast
 from moco.shuffle import batch_shuffle, concat_all_gather, rank, world_size
 
 
@@ -24,12 +23,12 @@ class MoCo(nn.Module):
     m: momentum of the key encoder
     T: temperature
     mlp: give each encoder MoCo v2's hidden layer, Linear(d, d) and ReLU, before `fc`
-    epsilon: perturb the logits by IFM with this step; None for plain InfoNCE
+    epsilon: length of IFM's step; None for plain InfoNCE
     bn_splits: compute BatchNorm over this many groups of the batch, as that many processes would
 
-    Random numbers are drawn at construction in upstream's order: query encoder, key encoder, hidden layer
-    of the query's head, of the key's, queue. Buffers: `queue` (dim x K, unit columns), `queue_ptr` ((1,),
-    int64).
+    Random numbers are drawn at construction in the published order: query encoder, key encoder, hidden layer
+    of the query's head, of the key's, queue. Buffers: `queue` (dim x K, unit columns) and `queue_ptr` ((1,)
+    int64, the next column to be replaced).
     """
 
     def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, epsilon=None, bn_splits=1):
@@ -53,22 +52,23 @@ class MoCo(nn.Module):
     def forward(self, im_q, im_k, epsilon=None, *, weights=None, order=None):
         """Contrast two views of N images (N x 3 x H x W each) and put the keys into the queue.
 
-        Returns logits (N x (1+K), the positive first, divided by T), then, when an epsilon is given here
-        or at construction, logits_ifm of the same shape, then labels (N, int64, all 0).
-        With `weights`, of the plain and of the perturbed loss (moco.losses.weights), it returns
-        moco.contrast's loss and ranks instead, the same numbers for less time and memory, and then the
-        features q and k (N x C each, unit rows, without gradient), to be looked at.
-        order: a permutation of all processes' images (N*world,), int64 on the CPU and equal on all, in which
-        the key encoder gets them; drawn on rank 0 when left out.
+        Returns (logits, labels), or (logits, logits_ifm, labels) with an epsilon here or at construction:
+        logits N x (1+K) divided by T, the positive's in column 0, and labels (N,) int64, all 0.
+
+        weights: those of the plain and of the perturbed loss (moco.losses.weights). With them it returns
+        (loss, ranks, q, k) instead: moco.losses.contrast's loss and ranks, the same numbers in less time and
+        memory, and the features (N x C each, unit rows, without gradient) for statistics.
+        order: in which the key encoder gets the images of all processes, a permutation (N*world,) int64 on
+        the CPU, equal on all; None: drawn on rank 0.
         """
         q = self._encode(self.encoder_q, im_q)  # N x C
 
         with torch.no_grad():
             self._momentum_update_key_encoder()
-            im_k, idx_unshuffle = batch_shuffle(im_k, order)
-            k = self._encode(self.encoder_k, im_k)  # N x C, of the images that shuffling brought here
+            im_k, idx_unshuffle = batch_shuffle(im_k, order)  # N x 3 x H x W of any process; (N*world,)
+            k = self._encode(self.encoder_k, im_k)  # N x C
             keys = concat_all_gather(k)[idx_unshuffle]  # N*world x C, in rank order
-            k = keys.chunk(world_size())[rank()]  # N x C, of our images
+            k = keys.chunk(world_size())[rank()]  # N x C, of this process's own images
 
         epsilon = self.epsilon if epsilon is None else epsilon
         with torch.autocast(q.device.type, enabled=False):  # similarities keep their full precision
@@ -94,21 +94,20 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _momentum_update_key_encoder(self):
-        # k*m + q*(1-m), rounded three times as upstream does: mul_().add_(q, alpha=1-m) would round twice.
+        # k*m + q*(1-m), rounded three times as published; mul_().add_(q, alpha=1-m) would round twice.
         keys, queries = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
         torch._foreach_mul_(keys, self.m)
         torch._foreach_add_(keys, torch._foreach_mul(queries, 1.0 - self.m))
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys):
-        """First in, first out, around the end of the queue, whatever the number of keys."""
+        """Replace the oldest keys, wrapping around the end of the queue, by n x C ones; n may exceed K."""
         n = len(keys)
-        newest = keys[-self.K :].T.to(self.queue.dtype)
-        steps = torch.arange(n - newest.shape[1], n, device=keys.device)
-        place = (self.queue_ptr + steps) % self.K
-        # A key that is no number would make every later loss so; all processes have the same keys.
-        sound = torch.isfinite(newest).all()
-        self.queue.index_copy_(1, place, torch.where(sound, newest, self.queue[:, place]))
+        newest = keys[-self.K :].T.to(self.queue.dtype)  # C x min(n, K)
+        columns = (self.queue_ptr + torch.arange(n - newest.shape[1], n, device=keys.device)) % self.K
+        # A non-finite key would make every later loss non-finite. All processes have the same keys.
+        is_finite = torch.isfinite(newest).all()
+        self.queue.index_copy_(1, columns, torch.where(is_finite, newest, self.queue[:, columns]))
         self.queue_ptr.copy_((self.queue_ptr + n) % self.K)
 
 
@@ -117,8 +116,7 @@ def ifm_logits(l_pos, l_neg, epsilon, T):
 
     The loss grows along -q for the positive and along q for a negative, so with |q| = 1 a step of length
     epsilon lowers the positive's cosine by epsilon and raises every negative's (Robinson et al. 2021,
-    section 4). l_pos: N x 1, l_neg: N x K, cosines before the division by the temperature T. Returns N x
-    (1+K).
+    section 4). l_pos N x 1 and l_neg N x K are cosines, not yet divided by T. Returns N x (1+K).
     """
     return torch.cat([l_pos - epsilon, l_neg + epsilon], dim=1) / T
 

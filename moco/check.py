@@ -1,138 +1,202 @@
 """Reads every image of a data set before a run does: `python -m moco.check DIR` names those that are bad."""
 
 import argparse
+import contextlib
+import copy
 import json
+import os
 import sys
-import textwrap
+import warnings
+from collections import Counter
 from pathlib import Path
 
-from moco.errors import UserError, run_program
+import numpy as np
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-EPILOG = (
-    "Exit code 0: every image can be read; 1: some cannot, or a class has no image (each is named); 2: wrong "
-    "use. Nothing is changed or written."
-)
+from moco import trifeature
+from moco.data.decode import decoder_name, read_pixels, reason
+from moco.data.folders import image_folder, paths_of, use_numbers_of_train
+from moco.data.ring import Workers
+from moco.errors import UserError, printable, run_program
+from moco.progress import Progress
+from moco.run.resources import available_cores
+
+PART = 16  # images that a worker reads at a time
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 REMARKS = {
     "orientation": "with an orientation in EXIF, which training ignores: pixels as stored",
-    "CMYK": "in CMYK, converted to RGB without their colour profile",
-    "16 bits": "with 16 bits a colour, of which the high 8 are used",
+    "CMYK": "in CMYK, converted to RGB without their color profile",
+    "16 bits": "with 16 bits a color, of which the high 8 are used",
     "alpha": "with transparency, which is dropped",
     "huge": "so large that Pillow warns of a decompression bomb",
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.check", description=__doc__.splitlines()[0], epilog=EPILOG, allow_abbrev=False
-    )
-    parser.add_argument(
-        "folder",
-        metavar="DIR",
-        help="data set with train/ and val/ (or one of them), or any folder with one sub-folder per class",
-    )
-    parser.add_argument(
-        "-j", "--workers", type=int, metavar="N", help="processes that read (default: one per core)"
-    )
-    parser.add_argument(
-        "--decoder",
-        choices=("pillow", "simplejpeg"),
-        help="of JPEG files (default: as in training, simplejpeg if installed)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    args = parser.parse_args()
-    if args.workers is not None and args.workers < 0:
-        raise UserError(f"--workers must be 0 (read in this process) or more, not {args.workers}")
+def check(folder, workers=None):
+    """Read all images of a data set as training would. Returns a dict of plain values, as --json prints it.
 
-    report = check(args.folder, args.workers, args.decoder)
-    print(json.dumps(report, indent=1) if args.json else text(report))
-    sys.exit(1 if report["bad"] or report["empty_classes"] else 0)
-
-
-def check(folder, workers=None, name=None):
-    """Read all images of a data set as training would: a dict of plain values, as --json prints it.
-
-    folder: holds train/ and/or val/, or the folders of the classes. workers: processes, None for one per
-    core; name: of the decoder (moco.decoders). Raises UserError when there is no image.
+    folder: holds train/ and perhaps val/; workers: processes (default: one per core; 0: this process). The
+    entry `faults` says why training or linear evaluation would refuse the set. Raises UserError when there is
+    no train/.
     """
-    from moco.check_files import found_in, read_all  # imports numpy and torch, which --help does not need
+    folder = Path(folder)
+    splits, faults, held_out = _find(folder)
+    paths = [path for images in splits.values() for path in paths_of(images)]
+    answers = _read_all(paths, available_cores() if workers is None else workers, printable(folder))
+    report = {"folder": str(folder), "decoder": decoder_name(), "images": len(paths), "splits": {}}
+    sizes = iter(size for _, size, _ in answers)
+    for split, images in splits.items():
+        good = np.array([size for _, size in zip(images.samples, sizes, strict=False) if size], np.int64)
+        ignored = _ignored(folder / split)
+        report["splits"][split] = {
+            "images": len(images),
+            "classes": len(images.classes),
+            "images_of_a_class": _range(list(Counter(images.targets).values())),
+            "width": _range(good[:, 0]) if len(good) else [],
+            "height": _range(good[:, 1]) if len(good) else [],
+            "ignored": len(ignored),
+            "ignored_example": min(ignored, default=None),
+        }
+    report["bad"] = [
+        {"path": path, "reason": why}
+        for path, (why, _, _) in zip(paths, answers, strict=True)
+        if why is not None
+    ]
+    odd = Counter(remark for _, _, remarks in answers for remark in remarks)
+    report["odd"] = {remark: odd[remark] for remark in REMARKS if odd[remark]}
+    return report | {"faults": faults, "held_out": held_out}
 
-    if not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder} to check; name a data set or a folder of images")
-    splits = {part.name: part for name in ("train", "val") if (part := Path(folder) / name).is_dir()}
-    found = {split: found_in(path, bool(splits)) for split, path in (splits or {"": Path(folder)}).items()}
-    paths = [path for split in found.values() for path in split.paths]
-    if not paths:
-        raise UserError(f"{folder} holds no image; its folders need files such as .jpg, .jpeg or .png")
-    read = read_all(paths, str(folder), workers, name)
 
-    report = {"folder": str(folder), "decoder": read.decoder, "images": len(paths), "splits": {}}
-    first = 0
-    for split, files in found.items():
-        report["splits"][split] = files.summary() | read.sizes(first, first + len(files.paths))
-        first += len(files.paths)
-    report["bad"] = [{"path": paths[index], "reason": reason} for index, reason in sorted(read.bad.items())]
-    report["empty_classes"] = [name for split in found.values() for name in split.empty]
-    classes = {split: set(files.classes) for split, files in found.items()}
-    report["classes_only_in"] = {
-        split: sorted(classes[split] - classes[other])
-        for split, other in (("train", "val"), ("val", "train"))
-        if len(splits) == 2
-    }
-    report["odd"] = {remark: read.odd[remark] for remark in REMARKS if read.odd[remark]}
-    return report
+def _find(folder):
+    """({split: ImageFolder}, list of why training would refuse them, whether it is a Trifeature set)."""
+    splits, faults = {}, []
+    for split in ("train", "val"):
+        if split == "train" or (folder / split).is_dir():  # without train/ it raises, as training does
+            try:
+                splits[split] = image_folder(folder, split)
+            except UserError as error:
+                if not (folder / split).is_dir():
+                    raise
+                faults.append(str(error))
+                with contextlib.suppress(FileNotFoundError):  # no class folder at all
+                    splits[split] = ImageFolder(str(folder / split), allow_empty=True)
+    held_out = (folder / trifeature.SETTINGS).exists() and all(
+        trifeature.is_combination(name) for images in splits.values() for name in images.classes
+    )
+    if not faults and len(splits) == 2 and not held_out:
+        try:
+            use_numbers_of_train(splits["train"], copy.copy(splits["val"]), "linear evaluation refuses it")
+        except UserError as error:
+            faults.append(str(error))
+    return splits, faults, held_out
+
+
+def _read_all(paths, workers, label):
+    """What `_examine` returns for each path, by `workers` processes, with progress."""
+    parts = [range(first, min(first + PART, len(paths))) for first in range(0, len(paths), PART)]
+    crew, answers = Workers(_Examined(paths), parts, min(workers, len(parts))), []
+    try:
+        with Progress(label, len(paths), "images") as progress:
+            for of_part in crew:
+                answers += of_part
+                progress.update(len(of_part))
+    finally:
+        crew.close()
+    return answers
+
+
+class _Examined:
+    """Item `part` (a range of numbers): what `_examine` returns for each of these paths."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __getitem__(self, part):
+        return [_examine(self.paths[index]) for index in part]
+
+
+def _examine(path):
+    """(why an image cannot be read or None, (width, height) or None, names of remarks) of a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's name no file; what matters of them is remarked
+        try:
+            height, width, _ = read_pixels(path).shape
+            return None, (width, height), list(_remarks(path, width * height))
+        except (UserError, OSError) as error:
+            return reason(error.__cause__ or error), None, []
 
 
 def text(report):
-    """The dict of `check` for a person, at 80 columns except for paths."""
+    """The dict of `check` as lines for a person; names of files are escaped where they cannot be printed."""
     return "\n".join(_lines(report))
 
 
 def _lines(report):
     for split, values in report["splits"].items():
-        name = str(Path(report["folder"]) / split)
+        name = printable(Path(report["folder"]) / split)
         yield f"{name}: {_count(values['images'], 'image')} in {_count(values['classes'], 'class')}"
         if values["width"]:
-            yield (
-                f"  pixels (smallest, median, largest): width {_three(values['width'])}, "
-                f"height {_three(values['height'])}"
-            )
+            width, height = _slashes(values["width"]), _slashes(values["height"])
+            yield f"  pixels (smallest, median, largest): width {width}, height {height}"
         if values["classes"] > 1:
-            yield f"  images of a class (smallest, median, largest): {_three(values['images_of_a_class'])}"
+            yield f"  images of a class (smallest, median, largest): {_slashes(values['images_of_a_class'])}"
         if values["ignored"]:
-            yield from _wrapped(
-                f"{_count(values['ignored'], 'file')} that training does not use: no image by the "
-                f"name, or outside the class folders, such as {values['ignored_example']}"
-            )
+            example = printable(values["ignored_example"])
+            yield f"  {_count(values['ignored'], 'file')} that training does not use, such as {example}:"
+            yield "  outside the class folders, or no image by the name"
     if report["odd"]:
         yield "odd, but read:"
-        for remark, count in report["odd"].items():
-            yield from _wrapped(f"{count} {REMARKS[remark]}")
-    for split, names in report["classes_only_in"].items():
-        if names:
-            yield from _wrapped(
-                f"only in {split}/: {_count(len(names), 'class')} ({_some(names)}); linear evaluation "
-                "needs the same classes in both",
-                indent="",
-            )
-    for name in report["empty_classes"]:
-        yield f"no image in the class folder {name}; training will not start"
+        yield from (f"  {count} {REMARKS[remark]}" for remark, count in report["odd"].items())
+    if report["held_out"]:
+        yield "a Trifeature set: by design, val/ holds the combinations that train/ does not have"
     for bad in report["bad"]:
-        yield f"bad: {bad['path']}"
-        yield from _wrapped(bad["reason"], indent="     ")
+        yield f"bad: {printable(bad['path'])}"
+        yield f"     {printable(bad['reason'])}"
     if report["bad"]:
-        yield (
-            f"{len(report['bad'])} of {_count(report['images'], 'image')} cannot be read: "
-            "mend or remove them, or\ntrain with --on-bad-image skip (images of train/ only)"
-        )
-    else:
+        yield f"{len(report['bad'])} of {_count(report['images'], 'image')} cannot be read: mend or remove"
+        yield "them, or train with --on-bad-image skip (images of train/ only)"
+    elif report["images"]:
         yield f"all {_count(report['images'], 'image')} can be read, by {report['decoder']}"
+    yield from (f"fault: {printable(fault)}" for fault in report["faults"])
 
 
-def _wrapped(line, indent="  "):
-    return textwrap.wrap(
-        line, 79, initial_indent=indent, subsequent_indent=indent or "  ",
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+def _ignored(root):
+    """Paths of the files below `root` that ImageFolder leaves out."""
+    return [
+        os.path.join(place, name)
+        for place, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if place == str(root) or not name.lower().endswith(IMG_EXTENSIONS)
+    ]
+
+
+def _remarks(path, pixels):
+    with Image.open(path) as image:
+        stored = f"{image.mode} {image.tile[0][-1] if image.tile else ''}"  # Pillow's mode, and the file's
+        if image.mode == "CMYK":
+            yield "CMYK"
+        if image.mode == "I" or ";16" in stored:
+            yield "16 bits"
+        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            yield "alpha"
+        if _orientation(image) > 1:
+            yield "orientation"
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        yield "huge"
+
+
+def _orientation(image):
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF does not keep the pixels from being read
+        return 1
+
+
+def _range(numbers):
+    """Smallest, median and largest, or [] of none."""
+    return [int(np.min(numbers)), int(np.median(numbers)), int(np.max(numbers))] if len(numbers) else []
 
 
 def _count(number, noun):
@@ -140,13 +204,30 @@ def _count(number, noun):
     return f"{number} {noun if number == 1 else plural}"
 
 
-def _three(numbers):
+def _slashes(numbers):
     return " / ".join(map(str, numbers))
 
 
-def _some(names):
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m moco.check",
+        description=__doc__.splitlines()[0],
+        epilog="Exit code 0: every image can be read, and training and linear evaluation can start; 1: they "
+        "cannot (each bad image is named, and what else is wrong); 2: wrong use. Nothing is written.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="data set: train/ and val/ with one folder per class")
+    parser.add_argument(
+        "-j", "--workers", type=int, metavar="N", help="processes that read (default: one per core)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    args = parser.parse_args()
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers must be 0 (read in this process) or more, not {args.workers}")
+
+    report = check(args.folder, args.workers)
+    print(json.dumps(report, indent=1) if args.json else text(report))
+    sys.exit(1 if report["bad"] or report["faults"] else 0)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "python -m moco.check")

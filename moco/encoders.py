@@ -1,4 +1,4 @@
-"""The networks that can be encoders: torchvision's classification models that end in a Linear layer `fc`."""
+"""Base encoders: torchvision's classification models that end in a Linear layer `fc`."""
 
 import difflib
 from functools import partial
@@ -16,9 +16,11 @@ WITH_AUXILIARY_HEADS = {
 }
 
 
-def base_encoder(arch):
+def base_encoder(arch, extra_channels=0):
     """A callable `(num_classes) -> network` with random weights for the torchvision name `arch`.
 
+    extra_channels: further input channels beside the image's three. The weights for the image are those of
+    the network without them; the others are drawn afterwards, normal with the same standard deviation.
     Raises UserError when torchvision has no such model or it does not end in a Linear `fc`.
     """
     known = models.list_models(module=models)
@@ -27,19 +29,19 @@ def base_encoder(arch):
         hint = f"did you mean {near[0]}" if near else "for example resnet18 or resnet50"
         raise UserError(f"torchvision has no classification model {arch!r}; {hint}?")
     construct = partial(models.get_model, arch, weights=None, **WITH_AUXILIARY_HEADS.get(arch, {}))
-    probe = without_memory(partial(construct, num_classes=1))
+    probe = on_meta_device(partial(construct, num_classes=1))
     if not isinstance(getattr(probe, "fc", None), nn.Linear):
         raise UserError(
             f"{arch} has no last layer `fc` for the MoCo head to replace; choose a resnet, resnext, "
             "wide_resnet, regnet, shufflenet_v2, googlenet or inception_v3"
         )
-    return construct
+    return partial(_widened, construct, extra_channels) if extra_channels else construct
 
 
 def check_image_size(arch, size, flag="--image-size"):
     """Raise UserError that names `flag` when the network `arch` cannot take images of `size` x `size`."""
     try:
-        _look_at(without_memory(partial(base_encoder(arch), num_classes=1)), size)
+        _forward(on_meta_device(partial(base_encoder(arch), num_classes=1)), size)
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:120].rstrip(" .")
         raise UserError(
@@ -47,41 +49,31 @@ def check_image_size(arch, size, flag="--image-size"):
         ) from error
 
 
-def check_bf16_on_cpu(arch, size):
-    """Raise UserError when images of `size` x `size` leave a convolution of `arch` less than its stride.
-
-    torch 2.14 takes the gradient of such a kernel in bf16 from memory that nobody wrote.
-    """
-    network = without_memory(partial(base_encoder(arch), num_classes=1))
-    smallest = []
-
-    def note(conv, inputs):
-        if max(conv.kernel_size) > 1 and min(inputs[0].shape[2:]) < max(conv.stride):
-            smallest.append(tuple(inputs[0].shape[2:]))
-
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(note)
-    _look_at(network, size)
-    if smallest:
-        height, width = min(smallest)
-        raise UserError(
-            f"--amp bf16 on a CPU gives wrong gradients where --image-size {size} leaves a strided "
-            f"convolution of {arch} a map of {height} x {width}; use a larger size, or leave --amp out"
-        )
-
-
-def _look_at(network, size):
-    """Let images pass through a network that may have no memory for its tensors."""
+def _forward(network, size):
+    """A forward pass of one image, also of a network on the meta device."""
     with torch.no_grad():
         network.eval()(torch.empty(1, 3, size, size, device=next(network.parameters()).device))
 
 
-def without_memory(construct):
-    """What `construct()` makes, without memory for tensors, or with it where that computes (regnet)."""
+def _widened(construct, extra_channels, num_classes):
+    network = construct(num_classes=num_classes)
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    weight = first.weight.detach()
+    out, channels, height, width = weight.shape
+    extra = torch.empty(out, extra_channels, height, width).normal_(std=weight.std().item())
+    first.weight = nn.Parameter(torch.cat([weight, extra], dim=1))
+    first.in_channels = channels + extra_channels
+    return network
+
+
+def on_meta_device(construct):
+    """The network that `construct()` returns, with tensors on the meta device, which takes no memory.
+
+    On the CPU where construction computes with values (regnet).
+    """
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 return construct()
-        except RuntimeError:  # what is wrong with the network itself is raised once more
+        except RuntimeError:  # an error of the network's own is raised again
             return construct()

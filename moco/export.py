@@ -1,26 +1,35 @@
-"""The query encoder of a checkpoint, without its head, in the form that other libraries load.
+"""The query encoder of a checkpoint, without its head, in the form that another library loads.
 
-python -m moco.export checkpoint_0199.pth.tar backbone.pth --to timm
-python -m moco.export ifm-eps0.1 backbone.pkl --to detectron2
+    python -m moco.export checkpoint_0199.pth.tar backbone.pth --to timm
+    python -m moco.export ifm-eps0.1 backbone.pkl --to detectron2
+
+The program prints the lines that load the file in that library.
 """
 
 import argparse
 import copyreg
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from moco.encoders import base_encoder, on_meta_device
 from moco.errors import UserError, run_program
 from moco.files import atomic_file, check_free
+from moco.run.checkpoint import encoder_state, load_strictly, read
+from moco.zoo import resolve
 
-SUFFIXES = {  # what the libraries tell the formats apart by
+SUFFIXES = {  # by which the libraries recognize the formats
     "torchvision": (".pth", ".pt"),
     "timm": (".pth", ".pt"),
     "detectron2": (".pkl",),
     "safetensors": (".safetensors",),
 }
 RESNETS = ("resnet", "resnext", "wide_resnet")  # those that timm and Detectron2 build like torchvision
-HOW_TO_LOAD = {
+USAGE = {
     "torchvision": "model = torchvision.models.{arch}(); model.fc = torch.nn.Identity()\n"
     'model.load_state_dict(torch.load("{out}", weights_only=True))',
     "timm": 'model = timm.create_model("{arch}", num_classes=0, checkpoint_path="{out}")',
@@ -32,27 +41,21 @@ HOW_TO_LOAD = {
 
 
 def export(checkpoint, out, to, arch=None, force=False):
-    """Write the backbone of `checkpoint` (a path or a released model's name) to the file `out`.
+    """Write the backbone of `checkpoint` (a path or the name of a released model) to the file `out`.
 
-    `to` is a key of SUFFIXES; `arch` is torchvision's name, None for what the checkpoint says. Returns
-    (arch, number of tensors). Every tensor of the backbone is written with its dtype, under torchvision's and
-    timm's names, which are the same, or under Detectron2's (there bfloat16, which NumPy lacks, as float32).
-    Raises UserError.
+    to: a key of SUFFIXES; arch: torchvision's name, default: the checkpoint's. Returns (arch, number of
+    tensors). Every tensor is written with its dtype, under the names that torchvision and timm share,
+    or under Detectron2's (there bfloat16, which NumPy lacks, as float32). Raises UserError.
     """
-    out = Path(out)
-    _check_target(out, to, force)
-
-    from moco.zoo import resolve
-
-    path = resolve(checkpoint)  # a wrong name is answered before torch is imported, which takes seconds
-
+    out, path = Path(out), resolve(checkpoint)
+    if not out.name.endswith(SUFFIXES[to]):
+        raise UserError(f"{out} must end in {' or '.join(SUFFIXES[to])}, by which {to} files are recognized")
+    check_free(out, force)
     if os.path.exists(out) and os.path.samefile(out, path):
         raise UserError(f"{out} is the checkpoint itself, which the export would replace: name another file")
-
-    from moco.checkpoint import encoder_state
-    from moco.checkpoint_reader import read_checkpoint
-
-    content = read_checkpoint(path)
+    if to == "safetensors":
+        _safetensors()
+    content = read(path)
     arch = arch or content.get("arch")
     if not isinstance(arch, str):
         raise UserError(f"{path} does not say which network it holds: name it with --arch, such as resnet50")
@@ -67,10 +70,10 @@ def export(checkpoint, out, to, arch=None, force=False):
             if to == "detectron2":
                 _write_detectron2(state, temporary)
             elif to == "safetensors":
-                epoch = content.get("epoch", "unknown")
-                _write_safetensors(state, temporary, arch=arch, epoch=str(epoch), source=path.name)
+                metadata = {"arch": arch, "epoch": str(content.get("epoch", "unknown")), "source": path.name}
+                temporary.write_bytes(_safetensors().save(state, metadata={"format": "pt", **metadata}))
             else:
-                _write_torch(state, temporary)
+                torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise UserError(f"cannot write {out} ({getattr(error, 'strerror', None) or error})") from error
     return arch, len(state)
@@ -91,24 +94,9 @@ def detectron2_name(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-def _check_target(out, to, force):
-    if not out.name.endswith(SUFFIXES[to]):
-        raise UserError(f"{out} must end in {' or '.join(SUFFIXES[to])}, by which {to} files are recognised")
-    check_free(out, force)
-    if to == "safetensors":
-        _safetensors()
-
-
 def _check_fits(arch, state, path):
-    """Names and shapes against torchvision's own network, without memory for its weights."""
-    import torch
-
-    from moco.checkpoint import load_strictly
-    from moco.encoders import base_encoder
-
-    construct = base_encoder(arch)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = construct(num_classes=1)
+    """Raise UserError unless names and shapes are those of torchvision's `arch` without `fc`."""
+    model = on_meta_device(partial(base_encoder(arch), num_classes=1))
     model.fc = torch.nn.Identity()
     try:
         load_strictly(model, {name: tensor.to("meta") for name, tensor in state.items()}, path)
@@ -116,20 +104,10 @@ def _check_fits(arch, state, path):
         raise UserError(f"as a {arch}, {error}") from error
 
 
-def _write_torch(state, path):
-    import torch
-
-    with open(path, "wb") as file:
-        torch.save(state, file)
-
-
 def _write_detectron2(state, path):
-    import numpy
-    import torch
-
     # NumPy 2 pickles arrays under a module name that NumPy 1, common beside Detectron2, does not have.
     table = copyreg.dispatch_table.copy()
-    table[numpy.ndarray] = lambda a: (numpy.ndarray, (a.shape, a.dtype.str, bytearray(a.tobytes())))
+    table[np.ndarray] = lambda a: (np.ndarray, (a.shape, a.dtype.str, bytearray(a.tobytes())))
     arrays = {
         detectron2_name(name): (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         for name, tensor in state.items()
@@ -140,10 +118,6 @@ def _write_detectron2(state, path):
         pickler.dump({"model": arrays, "__author__": "MOCO", "matching_heuristics": True})
 
 
-def _write_safetensors(state, path, **metadata):
-    Path(path).write_bytes(_safetensors().save(state, metadata={"format": "pt", **metadata}))
-
-
 def _safetensors():
     try:
         import safetensors.torch
@@ -152,31 +126,28 @@ def _safetensors():
     return safetensors.torch
 
 
-def main(arguments=None):
-    """The command line; `arguments` as in sys.argv[1:]."""
+def main():
     parser = argparse.ArgumentParser(
         prog="python -m moco.export",
         description="Write the backbone of a checkpoint, its query encoder without the head, "
-        "in the form that another library loads.",
+        "in the form that another library loads, and print how to load it there.",
     )
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
         help="file of this program, of MoCo or of IFM, or a released model's name (python -m moco.zoo list)",
     )
-    parser.add_argument(
-        "out", metavar="OUT", help="file to write: .pth, .pkl for detectron2, or .safetensors"
-    )
+    parser.add_argument("out", metavar="OUT", help="file to write: .pth, .pkl (detectron2) or .safetensors")
     parser.add_argument("--to", required=True, choices=SUFFIXES, help="the library that is to load it")
     parser.add_argument(
         "-a", "--arch", help="torchvision's name of the network (default: what the checkpoint says)"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     arch, tensors = export(args.checkpoint, args.out, args.to, args.arch, args.force)
     print(f"{args.out}: the {tensors} tensors of a {arch} backbone; load it in {args.to} with")
-    print(HOW_TO_LOAD[args.to].format(arch=arch, out=args.out))
+    print(USAGE[args.to].format(arch=arch, out=args.out))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "python -m moco.export")

@@ -1,8 +1,9 @@
 """Files and folders that appear under their final name only when they are whole."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
-import itertools
 import os
 import shutil
 import tempfile
@@ -12,31 +13,31 @@ from moco.errors import UserError
 
 
 def fsync_path(path):
-    """Flush a file or a folder (its list of names) to the disk."""
+    """Flush a file or a folder (its list of names) to the disk, where the file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network mounts cannot flush a folder
+            raise
     finally:
         os.close(descriptor)
 
 
-AHEAD = ".before"  # what names of files go on with that were set aside
-
-
-def set_aside(paths, say):
-    """Give files names that go on with AHEAD, and a number from the second of a name on; say is called with a
-    line on it.
-    """
-    for path in paths:
-        names = (f"{path}{AHEAD}{number or ''}" for number in itertools.chain([0], itertools.count(2)))
-        os.replace(path, next(name for name in names if not os.path.lexists(name)))
-    if paths:
-        many = f"{len(paths)} file(s) of another run in {Path(paths[0]).parent}"
-        say(f"note: {many} are set aside; their names go on with {AHEAD} now")
+def make_output_folder(path):
+    """Make the folder of --output-dir and check that files can be written there. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --output-dir {path} ({error.strerror}); choose another folder"
+        ) from error
 
 
 def check_free(path, force):
-    """Raise UserError unless a file can appear at `path`, with `force` also in place of one that is there."""
+    """Raise UserError unless a file can be made at `path`; with `force` it may replace one."""
     path = Path(path)
     if not os.path.isdir(path.parent):  # unlike Path.is_dir, it answers also for too long a name
         raise UserError(f"the folder {path.parent} does not exist: make it or name another")
@@ -46,11 +47,10 @@ def check_free(path, force):
 
 @contextlib.contextmanager
 def atomic_file(path, before=None):
-    """Give a temporary path in the folder of `path` to write to; on success it is flushed and renamed to
-    `path`. before: the name that a file which stood there gets then, or None: it goes.
+    """Give a temporary path beside `path` to write to; on success it is flushed and renamed to `path`.
 
-    On any exception, Ctrl-C included, the temporary file is removed and a file that stood at `path` stays
-    as it was.
+    before: the name that an old file at `path` gets then; None: it is replaced. On any exception, Ctrl-C
+    included, the temporary file is removed and an old file stays as it was.
     """
     path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -72,8 +72,8 @@ def atomic_file(path, before=None):
 def atomic_folder(path, replace=False):
     """Give a temporary folder beside `path` to fill; on success it is renamed to `path`, otherwise removed.
 
-    Raises FileExistsError when something that is not an empty folder stands at `path`, unless `replace` is
-    set: a folder at `path` then stays as it is until the new one is full, and is removed.
+    Raises FileExistsError when `path` is anything but an empty folder. With `replace` it may be a folder
+    with content, which is removed once the new one is complete.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,17 +95,34 @@ def atomic_folder(path, replace=False):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(path, reason):
+    """Hold an exclusive lock (flock) on the file `path`, which is made if missing, while the block runs.
+
+    The lock goes with the process, however it ends. Raises UserError with the sentence `reason` when another
+    process holds it. File systems without locks do not refuse.
+    """
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(reason) from error
+        except OSError:  # ENOSYS, ENOLCK: go on without
+            pass
+        yield
+
+
 def sha256(path):
-    """SHA-256 of a file as hexadecimal digits, read in pieces of 1 MiB."""
+    """SHA-256 of a file as hexadecimal digits, read in chunks of 1 MiB."""
     return file_hash(path, "sha256")
 
 
 def file_hash(path, algorithm):
-    """Hash of a file by an algorithm that hashlib names, as hexadecimal digits, read in pieces of 1 MiB."""
+    """Hash of a file by an algorithm that hashlib names, as hexadecimal digits, read in chunks of 1 MiB."""
     digest = hashlib.new(algorithm, usedforsecurity=False)  # md5 is allowed as a checksum everywhere
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

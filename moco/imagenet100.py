@@ -1,172 +1,167 @@
 """ImageNet-100 from ImageNet: the 100 classes of imagenet100.txt in a folder of their own, linked or copied.
 
-ImageNet may be a folder with train/ and val/, or the tar files as image-net.org gives them out. The work is
-done in OUT.part, which the same command continues after an interruption; at the end it is renamed to OUT.
-
     python -m moco.imagenet100 PATH/TO/IMAGENET PATH/TO/DATA/imagenet100
     python main_moco.py --dataset_root PATH/TO/DATA --dataset imagenet100 ...
+
+PATH/TO/IMAGENET holds train/ and val/ with one folder per class (as for ImageFolder), or is in Kaggle's
+layout: ILSVRC/Data/CLS-LOC/train and val, with the classes of the images in val/ in LOC_val_solution.csv.
 """
 
 import argparse
-import tarfile
+import csv
+import os
+import shutil
 from pathlib import Path
 
 from moco.errors import UserError, run_program
-from moco.files import sha256
-from moco.imagenet_source import (
-    find_source,
-    find_val_labels,
-    image_files,
-    images,
-    needs_labels,
-    read_val_labels,
-)
-from moco.imagenet_target import AGAIN, alone, check_target, fill, link_class_folders, put_in_place
+from moco.files import atomic_folder
 from moco.progress import Progress
 
-CLASS_LIST = Path(__file__).with_name("imagenet100.txt")
-CLASS_LIST_SHA256 = "79f3f1552ccc478ce24bd934b4573625db584ddc1f4643ae23c994a94cb11397"
-EXPECTED = {  # images in the 100 classes together, and the fewest and the most in one class
-    "train": (126_689, (732, 1300)),  # the range: Russakovsky et al. 2015 (arXiv:1409.0575), table 2
-    "val": (5_000, (50, 50)),
-}
-MD5 = {  # of the published tar files
-    "train": "1d675b47d978889d74fa0da5fadfb00e",
-    "val": "29b22e2961454d5413ddabcf34fc5622",
-}
+IMAGES = {"train": 126_689, "val": 5_000}  # in the 100 classes together
+LABELS = "LOC_val_solution.csv"
 
 
-def read_classes(path=CLASS_LIST, digest=CLASS_LIST_SHA256):
-    """The class ids in `path`, one a line, sorted as ImageFolder sorts them.
+def read_classes():
+    """The 100 class ids, sorted as ImageFolder sorts them; the list that the authors of IFM link to."""
+    return sorted(Path(__file__).with_name("imagenet100.txt").read_text().split())
 
-    The list decides what ImageNet-100 is, so a file with another SHA-256 than `digest` is refused.
+
+def make(imagenet, out, copy=False, labels=None, classes=None, expected=None):
+    """Make the folder `out` with train/ and val/ and a folder per class in each. Returns {split: images}.
+
+    imagenet: the folder of ImageNet, in one of the layouts above; labels: LOC_val_solution.csv if it lies
+    elsewhere. copy: copy the images instead of linking to them. classes, expected: the class ids and
+    {split: images} that are wanted (default: ImageNet-100's). Raises UserError, and nothing is at `out` then.
     """
-    if sha256(path) != digest:
-        raise UserError(f"{path} is not the published list of classes: restore the program's own file")
-    return sorted(Path(path).read_text().split())
-
-
-def make(places, out, copy=False, force=False, val_labels=None, classes=None, expected=EXPECTED):
-    """Build the folder `out` with train/ and val/ and a folder per class below each; return {split: images}.
-
-    `places` are folders that hold train/ and val/ or the tar files, or are the tar files themselves. Folders
-    of images are linked, or copied with `copy`; images in tar files are extracted. `classes` are the class
-    ids (None: the 100), `expected` is {split: (images in all, (fewest, most in one class))}. Raises UserError
-    when `out` exists (without `force`) and for all that is missing or off; `out` is then as it was.
-    """
-    places, out = [Path(place) for place in places], Path(out).resolve()
-    part = out.parent / f"{out.name}.part"
+    imagenet, out = Path(imagenet).resolve(), Path(out).resolve()
+    classes, expected = classes or read_classes(), expected or IMAGES
     try:
-        classes = classes or read_classes()
-        sources = {split: find_source(split, places) for split in ("val", "train")}
-        check_target(out, part, sources.values(), classes, force)
-        labels = {"val": None, "train": None}
-        if needs_labels("val", sources["val"]):
-            labels["val"] = read_val_labels(val_labels or find_val_labels(places))
-        for split, source in sources.items():
-            if source.is_dir() and labels[split] is None:
-                check_counts(split, source, count_images(source, classes), classes, *expected[split])
-        with alone(part):
-            check_target(out, part, sources.values(), classes, force)  # perhaps another process made it
-            counts = {
-                split: fill_split(split, source, part / split, classes, labels[split], copy, expected[split])
-                for split, source in sources.items()
-            }
-            put_in_place(part, out)
-    except OSError as error:
+        folder = _find(imagenet)
+        files = {split: _class_folders(folder / split, classes) for split in expected}
+        if not any(files["val"].values()):
+            files["val"] = _labelled(folder / "val", classes, _read_labels(labels, imagenet))
+        for split, of_class in files.items():
+            _check_counts(folder / split, of_class, expected[split])
+        with atomic_folder(out) as temporary, Progress("images", sum(expected.values())) as progress:
+            for split, of_class in files.items():
+                for name, paths in of_class.items():
+                    _place(paths, temporary / split / name, copy)
+                    progress.update(len(paths))
+    except FileExistsError as error:
         raise UserError(
-            f"{error.filename or out}: {error.strerror or error}; when that is put right, {AGAIN}"
+            f"{error.filename or out} exists already: name another folder, or remove it"
         ) from error
-    return counts
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
+    return expected
 
 
-def fill_split(split, source, folder, classes, labels, copy, expected):
-    """Fill `folder` with one split from `source`, whichever form that has, and check the counts. Returns
-    the number of images.
-    """
-    if source.is_dir() and labels is None and not copy:
-        link_class_folders(source, folder, classes)
-    else:
-        try:
-            with Progress(split, expected[0], "images") as progress:
-                fill(folder, classes, images(source, classes, labels), copy, progress)
-        except tarfile.TarError as error:
-            raise UserError(
-                f"{source} is damaged or cut off ({error}): the MD5 of the published file is {MD5[split]}; "
-                f"fetch it again, {AGAIN}"
-            ) from error
-    counts = count_images(folder, classes)
-    check_counts(split, source, counts, classes, *expected)
-    return sum(counts.values())
+def _find(imagenet):
+    """The folder with train/ and val/ in `imagenet`."""
+    for folder in (imagenet, imagenet / "ILSVRC" / "Data" / "CLS-LOC", imagenet / "Data" / "CLS-LOC"):
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            return folder
+    if imagenet.suffix == ".tar" or any(imagenet.glob("ILSVRC2012_img_*.tar")):
+        raise UserError(
+            f"{imagenet} has the original tar files: unpack them with torchvision.datasets.ImageNet(ROOT, "
+            'split="train") and split="val", where ROOT is the folder with the two tar files and '
+            "ILSVRC2012_devkit_t12.tar.gz, and then name ROOT"
+        )
+    raise UserError(f"{imagenet} has no folders train/ and val/: name the folder of ImageNet")
 
 
-def count_images(folder, classes):
-    """{wnid: number of images}, through links; a class that has no folder is not in it."""
-    return {wnid: len(image_files(folder / wnid)) for wnid in classes if (folder / wnid).is_dir()}
+def _images_in(folder):
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        found = [
+            e.path for e in entries if e.name.lower().endswith((".jpeg", ".jpg", ".png")) and e.is_file()
+        ]
+    return sorted(map(Path, found))
 
 
-def check_counts(split, source, counts, classes, total, per_class):
-    """Raise a UserError that names every class that is missing or whose number of images is off."""
-    fewest, most = per_class
-    missing = [wnid for wnid in classes if not counts.get(wnid)]
-    present = [wnid for wnid in classes if counts.get(wnid)]
-    off = [wnid for wnid in present if not fewest <= counts[wnid] <= most]
-    found = sum(counts.values())
-    if not missing and not off and found == total:
+def _class_folders(folder, classes):
+    return {name: _images_in(folder / name) for name in classes}
+
+
+def _read_labels(labels, imagenet):
+    """{name of a validation image without suffix: class id} from Kaggle's LOC_val_solution.csv."""
+    places = [Path(labels)] if labels else [place / LABELS for place in (imagenet, *imagenet.parents[:3])]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"the images in val/ are not in class folders, and there is no {LABELS} at {places[0]} to say "
+            "their classes: name the file with --val-labels"
+        )
+    with open(path, newline="") as file:  # ImageId,PredictionString: the class id, then boxes
+        rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
+    return {row[0]: row[1].split()[0] for row in rows}
+
+
+def _labelled(folder, classes, labels):
+    files = {name: [] for name in classes}
+    for path in _images_in(folder):
+        if path.stem not in labels:
+            raise UserError(f"{path} has no class in {LABELS}: download that file again")
+        if labels[path.stem] in files:
+            files[labels[path.stem]].append(path)
+    return files
+
+
+def _check_counts(folder, files, expected):
+    """Raise UserError that names missing and small classes unless {class: paths} has `expected` images."""
+    counts = {name: len(paths) for name, paths in files.items()}
+    missing = [name for name, count in counts.items() if not count]
+    if sum(counts.values()) == expected and not missing:
         return
-    faults = []
-    if missing:
-        faults.append(f"{len(missing)} of {len(classes)} classes are missing: {', '.join(missing)}")
-    usual = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    faults += [f"{wnid} has {counts[wnid]:,} instead of {usual}" for wnid in off]
-    if not faults:  # the number of each class is not published, only their sum: say where to look
-        short = [f"{wnid} {counts[wnid]:,}" for wnid in present if counts[wnid] < most]
-        faults.append(f"the classes below {most:,} are {', '.join(short) or 'none'}")
+    smallest = sorted(set(counts) - set(missing), key=lambda name: (counts[name], name))[:3]
     raise UserError(
-        f"{source} has {found:,} of the {total:,} {split} images that are needed; {'; '.join(faults)}"
+        f"{folder} has {sum(counts.values()):,} of the {expected:,} images that are needed"
+        + (f"; {len(missing)} of {len(counts)} classes are missing: {', '.join(missing)}" if missing else "")
+        + ("; the smallest classes: " if smallest else "")
+        + ", ".join(f"{name} with {counts[name]:,}" for name in smallest)
     )
 
 
-def parse_arguments():
+def _place(paths, folder, copy):
+    """Make `folder` with a link to each of the `paths`, or with a copy."""
+    folder.mkdir(parents=True)
+    for path in paths:
+        if copy:
+            shutil.copyfile(path, folder / path.name)
+        else:
+            (folder / path.name).symlink_to(path)
+
+
+def main():
     parser = argparse.ArgumentParser(
         prog="python -m moco.imagenet100",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Make ImageNet-100, the 100 classes of the published experiments, from ImageNet:\n"
-        "126,689 training and 5,000 validation images. A run that was interrupted is\n"
-        "continued by the same command.",
+        description="Make ImageNet-100, the 100 classes of the published experiments, from ImageNet: "
+        "126,689 training and 5,000 validation images.",
     )
     parser.add_argument(
         "imagenet",
-        nargs="+",
         metavar="IMAGENET",
-        help="the folder with train/ and val/, or with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; "
-        "or the two tar files, when they lie in different folders",
+        help="the folder with train/ and val/ and one folder per class in each, or Kaggle's folder with "
+        f"ILSVRC/Data/CLS-LOC/ and {LABELS}; torchvision.datasets.ImageNet unpacks the original tar files",
     )
     parser.add_argument("out", metavar="OUT", help="the folder to make; it appears when every image is there")
     parser.add_argument(
         "--copy",
         action="store_true",
-        help="copy the images (about 15 GB) instead of linking to them, for a faster disk; "
-        "out of tar files they are always copied",
+        help="copy the images (about 15 GB) instead of linking to them, for a faster disk",
     )
     parser.add_argument(
         "--val-labels",
         metavar="FILE",
-        help="the classes of the validation images, needed when these are not in class folders: "
-        "imagenet_2012_validation_synset_labels.txt, LOC_val_solution.csv, valprep.sh or "
-        "ILSVRC2012_devkit_t12.tar.gz; found by itself when it lies beside them",
+        help=f"where {LABELS} is, if not in IMAGENET; only for a val/ without class folders",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT when it is an ImageNet-100 already")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
-    counts = make(args.imagenet, args.out, args.copy, args.force, args.val_labels)
+    args = parser.parse_args()
+    counts = make(args.imagenet, args.out, args.copy, args.val_labels)
     out = Path(args.out).resolve()
     print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation images of 100 classes")
     print(f"train on them with: python main_moco.py --dataset_root {out.parent} --dataset {out.name} ...")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "python -m moco.imagenet100")

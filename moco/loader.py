@@ -1,6 +1,6 @@
 """Transforms of PIL images under the names that code written for MoCo imports.
 
-The programs themselves draw in moco.draws and apply in moco.views and moco.photometric.
+The programs themselves draw in moco.data.augment and apply in moco.data.pil and moco.data.device.
 """
 
 import torch

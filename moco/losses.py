@@ -1,39 +1,123 @@
-"""The contrastive losses as functions of the logits.
+"""InfoNCE, its perturbed form under implicit feature modification (IFM), and the accuracy.
 
-van den Oord et al. 2018 (InfoNCE); Robinson et al. 2021, section 4 (IFM). N: batch, K: negatives; the
-positive's logit stands in column 0.
+van den Oord et al. 2018 (InfoNCE); Robinson et al. 2021, section 4 (IFM). N: batch, C: feature dimension,
+K: negatives, T: temperature. The positive's logit is in column 0, so all labels are 0.
+
+`info_nce` and `ifm` are the published formulas on N x (1+K) logits. `contrast` gives the same loss without
+holding the logits, and is what training uses.
 """
 
 import math
 
+import torch
 import torch.nn.functional as F
+
+CHUNK = {"cpu": 4096, "cuda": 16384}  # keys at a time: their N x CHUNK logits stay in a CPU's cache
 
 
 def info_nce(logits, labels):
-    """Mean cross-entropy of N x (1+K) logits, labels N int64 (all 0), a scalar."""
+    """Mean cross-entropy of N x (1+K) logits and labels (N,) int64, a scalar."""
     return F.cross_entropy(logits, labels)
 
 
 def ifm(logits, logits_ifm, labels, alpha):
-    """InfoNCE and its perturbed form, weighted 1 : alpha. Logits N x (1+K), labels N int64."""
+    """(CE(logits) + alpha * CE(logits_ifm)) / (1 + alpha), a scalar. Logits N x (1+K), labels (N,) int64."""
     return (info_nce(logits, labels) + alpha * info_nce(logits_ifm, labels)) / (1 + alpha)
 
 
 def weights(method, alpha):
-    """What the plain and the perturbed loss are weighted with: method None, "ifm" or "ifm_only"."""
+    """(weight of the plain loss, of the perturbed loss) for --method None, "ifm" or "ifm_only"."""
     if method is None:
         return 1.0, 0.0
     return (0.0, 1.0) if method == "ifm_only" else (1 / (1 + alpha), alpha / (1 + alpha))
 
 
 def chance(K, method=None, epsilon=0.0, alpha=0.0, T=1.0):
-    """The loss of a model that gives the positive and all K negatives the same similarity.
+    """The loss of a model that gives the positive and all K negatives the same similarity, a float.
 
-    Plain InfoNCE: ln(1+K). The perturbation moves the two sides 2 epsilon apart, so its loss is
-    ln(1 + K exp(2 epsilon / T)); `method` "ifm" takes their mean weighted 1 : alpha, "ifm_only" the latter.
-    epsilon and alpha may be None where the method has none.
+    Plain InfoNCE: ln(1 + K). Perturbed: ln(1 + K exp(2 epsilon / T)). "ifm" is their mean weighted 1 : alpha.
     """
-    epsilon, alpha = epsilon or 0.0, alpha or 0.0
-    plain, margin = math.log1p(K), math.log(K) + 2 * epsilon / T
-    perturbed = max(margin, 0.0) + math.log1p(math.exp(-abs(margin)))  # ln(1 + exp(margin)) for any margin
-    return {None: plain, "ifm": (plain + alpha * perturbed) / (1 + alpha), "ifm_only": perturbed}[method]
+    margin = math.log(K) + 2 * (epsilon or 0.0) / T
+    perturbed = max(margin, 0.0) + math.log1p(math.exp(-abs(margin)))  # ln(1 + exp(margin)), no overflow
+    plain_weight, perturbed_weight = weights(method, alpha)
+    return plain_weight * math.log1p(K) + perturbed_weight * perturbed
+
+
+def contrast(q, k, queue, T, weights, margin=0.0):
+    """Both losses and the rank of the positive, in one pass over the queue: (loss, ranks).
+
+    q, k: N x C, unit rows, k without gradient; queue: C x K, unit columns; weights: of the plain and of the
+    perturbed loss; margin: 2 epsilon / T. loss: scalar with a gradient for q; ranks: (N,) int64, how many
+    negatives are nearer to the query than its positive.
+
+    With a = l_pos / T and b = logsumexp(l_neg / T), InfoNCE is softplus(b - a). IFM lowers the positive's
+    cosine by epsilon and raises the negatives', so its loss is softplus(b - a + 2 epsilon / T). The gradient
+    of b needs the mean of the keys under softmax(l_neg / T) and nothing else of the queue: so the queue may
+    change right after the forward pass.
+    """
+    l_pos = torch.einsum("nc,nc->n", q, k)  # N
+    b, ranks = _LogSumExp.apply(q, l_pos.detach(), queue, T)  # N each
+    plain, perturbed = weights
+    gap = b - l_pos / T  # N
+    loss = 0.0
+    if plain:
+        loss = plain * _softplus(gap).mean()
+    if perturbed:
+        loss = loss + perturbed * _softplus(gap + margin).mean()
+    return loss, ranks
+
+
+class _LogSumExp(torch.autograd.Function):
+    """(logsumexp of q @ queue / T, number of products above l_pos), each (N,).
+
+    Chunk after chunk of the queue is multiplied, added up and forgotten ("online" softmax, Milakov &
+    Gimelshein 2018; Dao et al. 2022).
+    """
+
+    @staticmethod
+    def forward(ctx, q, l_pos, queue, T):
+        N, K = len(q), queue.shape[1]
+        largest, total = q.new_full((N, 1), -torch.inf), q.new_zeros(N, 1)
+        mean = torch.zeros_like(q)  # N x C, of the keys under softmax, times total until the end
+        ranks = torch.zeros(N, dtype=torch.int64, device=q.device)
+        for keys in queue.split(CHUNK.get(q.device.type, K), dim=1):
+            logits = q @ keys  # N x chunk
+            ranks += (logits > l_pos[:, None]).sum(dim=1)
+            logits.div_(T)
+            newest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))  # N x 1
+            shrink = (largest - newest).exp_()  # N x 1
+            weights = logits.sub_(newest).exp_()  # N x chunk
+            total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+            mean.mul_(shrink).addmm_(weights, keys.T)
+            largest = newest
+        ctx.save_for_backward(mean.div_(total))
+        ctx.T = T
+        ctx.mark_non_differentiable(ranks)
+        return (total.log() + largest).squeeze(1), ranks
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (mean,) = ctx.saved_tensors
+        return grad[:, None] * mean / ctx.T, None, None, None
+
+
+def _softplus(x):
+    """log(1 + exp(x)), exact for large x too, where F.softplus becomes x."""
+    return -F.logsigmoid(-x)
+
+
+@torch.no_grad()
+def accuracy(logits, labels, topk=(1, 5)):
+    """Percentages of rows of N x classes whose label (N, int64) is among the k largest: 0-dim. tensors.
+
+    With fewer classes than k every row counts as right.
+    """
+    largest = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # N x k
+    hits = largest == labels[:, None]
+    return [hits[:, :k].any(dim=1).float().mean() * 100 for k in topk]
+
+
+@torch.no_grad()
+def rank_accuracy(ranks, topk=(1, 5)):
+    """Percentages of ranks (N, int64) below each k, 0-dim. tensors: the accuracy of `contrast`'s logits."""
+    return [(ranks < k).float().mean() * 100 for k in topk]

@@ -1,204 +1,353 @@
-"""The flags that both programs share, and the checks on them that need no data."""
+"""The flags of both programs: names, defaults, bounds, and what contradicts what.
+
+Names and defaults are those of the published programs (MoCo, IFM), where these have the flag.
+"""
 
 import argparse
+import importlib.util
 import math
 from pathlib import Path
 
-from moco.errors import UserError
+import torch
+
+from moco import losses
+from moco.errors import UserError, first_line
+
+# Flags that say where and how a run is carried out, not what it computes. All others are its settings.
+NOT_SETTINGS = (
+    *("folder", "dataset_root", "dataset", "workers", "cache", "output_dir", "overwrite", "pretrained"),
+    *("resume", "evaluate", "keep", "save_freq", "print_freq", "knn", "tensorboard", "start_epoch", "fast"),
+    *("rank", "gpu", "multiprocessing_distributed", "world_size", "dist_url", "dist_backend"),
+)
 
 
-def shared_parser(description, *, epochs, lr, schedule, weight_decay):
-    """A parser with the flags of both programs; the keywords are the defaults in which they differ.
+def pretraining(arguments=None):
+    """The flags of main_moco.py from `arguments` (default: the command line). Raises UserError."""
+    parser = _Parser("Pre-train an encoder without labels by momentum contrast, with or without IFM.")
+    _add_data(parser)
+    add = parser.add_argument_group("MoCo (v2 is --mlp --moco-t 0.2 --aug-plus --cos)").add_argument
+    add("--moco-dim", type=_at_least(1), default=128, help="length of a feature")
+    add("--moco-k", type=_at_least(1), default=65536, help="keys in the queue: fewer than images")
+    add("--moco-m", type=_between(0, 1), default=0.999, help="momentum of the key encoder")
+    add("--moco-t", type=_above_0, default=0.07, help="softmax temperature")
+    add("--mlp", action="store_true", help="MoCo v2's head: a hidden layer before the last")
+    add("--aug-plus", action="store_true", help="MoCo v2's augmentation, with blur")
+    add("--crops-only", action="store_true", help="only crop and flip, where color is to be learned")
+    add("--cos", action="store_true", help="cosine learning rate instead of --schedule")
+    add("--bn-splits", type=_at_least(1), default=1, help="BatchNorm groups of a batch: use 8 on one GPU")
+    add = parser.add_argument_group("implicit feature modification (IFM)").add_argument
+    add("--method", choices=("ifm", "ifm_only"), help="InfoNCE and its perturbed form, or the latter alone")
+    add("--epsilon", type=_at_least(0, float), help="by how much cosines are perturbed (default: 0.1)")
+    add("--alpha", type=_at_least(0, float), help="weight of the perturbed loss of ifm (default: 1.0)")
+    add = _add_training(parser, epochs=200, schedule=[120, 160], weight_decay=1e-4)
+    add("--lr", "--learning-rate", type=_above_0, default=0.03, help="scale it with --batch-size")
+    _add_speed(parser)
+    add = _add_run(parser, "log.jsonl is always written")
+    add("--keep", type=_at_least(1), default=1, help="keep the checkpoints of the N newest epochs")
+    add("--save-freq", type=_at_least(0), default=0, help="and of every N-th epoch; 0: of none")
+    add("--knn", type=_at_least(0), default=0, help="nearest-neighbor accuracy every N epochs; 0: never")
+    add("--tensorboard", action="store_true", help="write TensorBoard's files too")
+    _add_processes(parser)
+    add = parser.add_argument_group("experiments").add_argument
+    add("--random-bits", type=_between(0, 63, int), default=0, help="N random bits per image as channels")
+    add("--recolor", action=_Removed, advice="vary the data or use --crops-only")
+    args = parser.parse_args(arguments)
 
-    lr: a list where the program takes several; then call folder_after_rates on what the parser gives.
-    """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "folder",
-        metavar="DIR",
-        nargs="?",
-        help="data set with train/ and val/ (or --dataset_root and --dataset)",
-    )
-    data.add_argument(
-        "--dataset-root", "--dataset_root", metavar="ROOT", help="folder that holds the data set --dataset"
-    )
-    data.add_argument(
-        "--dataset",
-        default="imagenet100",
-        help="its name; trifeature is drawn when missing (default: %(default)s)",
-    )
-    data.add_argument(
-        "--image-size", type=int, default=224, metavar="S", help="side of a view (default: %(default)s)"
-    )
-    data.add_argument(
-        "-j", "--workers", type=int, metavar="N", help="loader processes of this node (default: its cores)"
-    )
-
-    data.add_argument(
-        "--device-aug",
-        choices=("exact", "float", "off"),
-        help="colours, blur and flip in batches on the device, as PIL (exact) or faster (float), or in the "
-        "workers (off; default: exact on CUDA, off on a CPU)",
-    )
-    data.add_argument(
-        "--resize",
-        choices=("torch", "pil"),
-        help="torch: faster, within 2 levels of PIL's (default: pil with --device-aug off, else torch)",
-    )
-    data.add_argument(
-        "--decoder", choices=("pillow", "simplejpeg"), help="of JPEG files (default: simplejpeg if installed)"
-    )
-
-    data.add_argument(
-        "--cache",
-        choices=("decoded", "files", "device"),
-        help="keep images in memory: their pixels, their files, or their pixels on the device (equal sizes)",
-    )
-
-    data.add_argument(
-        "--on-bad-image",
-        choices=("error", "skip"),
-        default="error",
-        help="a training image that cannot be read ends the run, or another is taken instead and it is named "
-        "after the epoch; in validation it always ends it (default: %(default)s)",
-    )
-
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "-a",
-        "--arch",
-        default="resnet50",
-        help="torchvision model with a last layer fc (default: %(default)s)",
-    )
-    training.add_argument("--epochs", type=int, default=epochs, metavar="N", help="(default: %(default)s)")
-    training.add_argument(
-        "--start-epoch", type=int, default=0, metavar="N", help="first epoch (default: %(default)s)"
-    )
-    training.add_argument(
-        "-b",
-        "--batch-size",
-        type=int,
-        default=256,
-        metavar="N",
-        help="images of this node a step (default: %(default)s)",
-    )
-    training.add_argument(
-        "--schedule",
-        type=int,
-        nargs="*",
-        default=schedule,
-        metavar="EPOCH",
-        help="lr x 0.1 at each (default: %(default)s)",
-    )
-    training.add_argument(
-        "--momentum", type=float, default=0.9, metavar="M", help="of SGD (default: %(default)s)"
-    )
-    training.add_argument(
-        "--wd", "--weight-decay", dest="weight_decay", type=float, default=weight_decay, metavar="W",
-        help="(default: %(default)s)",
-    )  # fmt: skip
-    several = {"type": _number_or_word, "nargs": "+"} if isinstance(lr, list) else {"type": float}
-    training.add_argument(
-        "--lr", "--learning-rate", dest="lr", default=lr, metavar="LR", **several,
-        help=("one or several: a classifier for each in one pass, the best is kept " * isinstance(lr, list))
-        + "(default: %(default)s)",
-    )  # fmt: skip
-    training.add_argument(
-        "--seed", type=int, metavar="N", help="same seed, same run (default: drawn and printed)"
-    )
-
-    speed = parser.add_argument_group("speed (off by default: float32, as published)")
-    speed.add_argument(
-        "--fast", action="store_true",
-        help="all of these that help on this device and keep the mathematics; listed at the start",
-    )  # fmt: skip
-    speed.add_argument(
-        "--amp", choices=("bf16", "fp16"), help="compute encoders in it; losses and weights stay float32"
-    )
-    speed.add_argument(
-        "--channels-last", action=argparse.BooleanOptionalAction, help="interleave channels in memory"
-    )
-    speed.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the encoders; the start takes longer",
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", default=".", metavar="DIR", help="for all files written (default: here)")
-    run.add_argument(
-        "--resume",
-        default="",
-        metavar="CKPT",
-        help="continue from this checkpoint of the program, or with auto from the newest in --output-dir",
-    )
-    run.add_argument(
-        "-p", "--print-freq", type=int, default=10, metavar="N", help="steps (default: %(default)s)"
-    )
-
-    processes = parser.add_argument_group(
-        "processes (none of these for one process; torchrun sets them itself)"
-    )
-    processes.add_argument(
-        "--multiprocessing-distributed", action="store_true", help="start one process per GPU of this node"
-    )
-    processes.add_argument("--world-size", type=int, default=-1, metavar="N", help="number of nodes")
-    processes.add_argument(
-        "--rank", type=int, default=-1, metavar="R", help="place of this node among them, from 0"
-    )
-    processes.add_argument(
-        "--dist-url", metavar="URL", help="where they meet, as tcp://HOST:PORT (default: a free port)"
-    )
-    processes.add_argument("--dist-backend", metavar="NAME", help="(default: nccl on GPUs, gloo without)")
-    processes.add_argument("--gpu", type=int, metavar="N", help="use this GPU alone")
-    return parser
-
-
-def folder_after_rates(parser, args):
-    """`args`, with DIR taken out of the values of --lr where it comes after them, as in --lr 30 DIR."""
-    if isinstance(args.lr[-1], str) and args.folder is None:
-        *args.lr, args.folder = args.lr
-    words = [value for value in args.lr if isinstance(value, str)]
-    if words or not args.lr:
-        parser.error(f"argument --lr: {words[0]!r} is no number" if words else "argument --lr: no number")
+    _check(args)
+    if args.method is None and (args.epsilon is not None or args.alpha is not None):
+        raise UserError("--epsilon and --alpha belong to IFM; add --method ifm, or leave them out")
+    if args.method == "ifm_only" and args.alpha is not None:
+        raise UserError("--alpha is the weight of ifm's second loss; ifm_only has one loss: leave it out")
+    if args.method:
+        args.epsilon = 0.1 if args.epsilon is None else args.epsilon
+        args.alpha = 1.0 if args.alpha is None else args.alpha
+    if args.crops_only and args.aug_plus:
+        raise UserError("--crops-only leaves out what --aug-plus adds; give one of the two")
+    if args.random_bits and args.knn:
+        raise UserError("--knn evaluates images without --random-bits; leave one of them out")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
     return args
 
 
-def check_shared(args):
-    """Raise UserError for a value of a shared flag that cannot work."""
-    for name in ("epochs", "batch_size", "print_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("start_epoch", "momentum", "weight_decay"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    rates = args.lr if isinstance(args.lr, list) else [args.lr]
-    for lr in rates:
+def linear_evaluation(arguments=None):
+    """The flags of main_lincls.py from `arguments` (default: the command line). Raises UserError."""
+    parser = _Parser("Train a linear classifier on the frozen features of a pre-trained encoder.")
+    _add_data(parser)
+    add = parser.add_argument_group("linear evaluation").add_argument
+    add("--pretrained", default="", metavar="CKPT", help="checkpoint or released model (default: untrained)")
+    add("-e", "--evaluate", action="store_true", help="validate the classifier of --resume and stop")
+    add(
+        "--target", choices=("shape", "texture", "color"), help="factor of Trifeature (default: class folder)"
+    )
+    add = _add_training(parser, epochs=100, schedule=[60, 80], weight_decay=0.0)
+    add(
+        "--lr",
+        "--learning-rate",
+        type=_number_or_word,
+        nargs="+",
+        default=[30.0],
+        metavar="X",
+        help="learning rate; of several, each trains a classifier in the same pass, and the best is kept",
+    )
+    _add_speed(parser)
+    _add_run(parser, "linear.jsonl and linear.json are always written")
+    _add_processes(parser)
+    args = parser.parse_args(arguments)
+
+    if isinstance(args.lr[-1], str) and args.folder is None:  # --lr 30 DIR
+        *args.lr, args.folder = args.lr
+    if not args.lr:
+        raise UserError("argument --lr/--learning-rate: expected a number before the folder")
+    for lr in args.lr:
+        if isinstance(lr, str):
+            raise UserError(f"argument --lr/--learning-rate: {lr!r} is not a number")
         if not 0 < lr < math.inf:
-            raise UserError(f"--lr must be above 0, not {lr}")
-        if rates.count(lr) > 1:
-            raise UserError(f"--lr has {lr:g} more than once; give each value once")
-    if args.image_size < 8:
-        raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
-    if args.workers is not None and args.workers < 0:
-        raise UserError(f"--workers must be 0 (load in the training process) or more, not {args.workers}")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}")
+            raise UserError(f"argument --lr/--learning-rate: must be above 0, not {lr:g}")
+        if args.lr.count(lr) > 1:
+            raise UserError(f"argument --lr/--learning-rate: {lr:g} is given twice; give each value once")
+    _check(args)
+    if args.evaluate and not args.resume:
+        raise UserError("--evaluate needs the classifier to validate: --resume model_best.pth.tar")
+    return args
+
+
+def resolve(args, device):
+    """Fill in flags whose default depends on the device. Raises UserError for what the device cannot do."""
+    on_cuda = device.type == "cuda"
+    if args.fast:
+        args.amp = args.amp or ("bf16" if on_cuda else None)
+        if args.channels_last is None:  # on a CPU BatchNorm groups are slower in this layout
+            args.channels_last = on_cuda or getattr(args, "bn_splits", 1) == 1
+        if args.compile is None:
+            args.compile = on_cuda
+    args.channels_last, args.compile = bool(args.channels_last), bool(args.compile)
+    args.device_aug = args.device_aug or ("exact" if on_cuda else "off")
+    args.resize = args.resize or ("pil" if args.device_aug == "off" else "torch")
+
+    if args.amp and not on_cuda:
+        raise UserError(f"--amp {args.amp} needs a GPU: on a CPU float32 is faster; leave --amp out")
+    if args.amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; use --amp fp16, also with --fast")
+    if args.compile:
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+        except Exception as error:  # of a compiler, a linker, a driver, or their absence
+            raise UserError(
+                f"--compile does not work here ({first_line(error)}); it needs a C++ compiler on a CPU (apt "
+                "install g++) and Triton on a GPU; leave it out, with --fast by --no-compile"
+            ) from error
+
+
+def speed(args):
+    """A clause on precision, memory format and compilation, after `resolve`."""
+    precision = args.amp or "float32"
+    if precision == "float32" and torch.cuda.is_available() and torch.backends.cudnn.allow_tf32:
+        precision = "float32 (TF32 in convolutions)"
+    return f"encoders in {precision}" + ", channels_last" * args.channels_last + ", compiled" * args.compile
+
+
+def autocast(args, device):
+    """The context of a forward pass: encoders compute in --amp, and the rest asks for float32 itself."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.amp]
+    return torch.autocast(device.type, dtype, enabled=args.amp is not None)
+
+
+def prepare(args, *encoders):
+    """Apply --channels-last and --compile to networks in place; names and values of their tensors stay."""
+    for encoder in encoders:
+        if args.channels_last:
+            encoder.to(memory_format=torch.channels_last)
+        if args.compile:
+            encoder.compile()
+
+
+def processes(args):
+    """The flags on processes as the keywords of moco.run.launch.launch."""
+    return {
+        "nodes": args.world_size,
+        "node_rank": args.rank,
+        "url": args.dist_url,
+        "backend": args.dist_backend,
+        "spawn": args.multiprocessing_distributed,
+        "gpu": args.gpu,
+    }
+
+
+def settings(args, seed):
+    """The flags that decide what is computed, as plain values by name, after `resolve`."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS} | {"seed": seed}
+
+
+def notes(args, images, batchnorm_groups):
+    """What a user should know about this pre-training before it starts, in lines of at most 80 columns."""
+    with_ifm = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)
+    lines = [
+        f"loss at chance: ln(1+K) = {losses.chance(args.moco_k):.4f}"
+        + f", with IFM {with_ifm:.4f}" * bool(args.method),
+        "the queue starts as noise: the loss begins below chance and Acc@1 near 100, the",
+        "  loss rises and Acc@1 falls while the queue fills, then the loss falls",
+    ]
+    if batchnorm_groups == 1:
+        lines += [
+            "note: with one BatchNorm group shuffling has no effect, and a query and its key",
+            "  share statistics that give the positive away; --bn-splits 8 acts like 8 GPUs",
+        ]
+    if args.moco_k > images:
+        lines += [
+            f"warning: {args.moco_k} keys of {images} images: the queue holds every image more than",
+            "  once, so an image is its own negative; lower --moco-k",
+        ]
+    return lines
+
+
+def _add_data(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("folder", metavar="DIR", nargs="?", help="has train/ and val/, and in each a folder per class")
+    add("--dataset-root", "--dataset_root", metavar="ROOT", help="ROOT/DATASET, by default ROOT/imagenet100")
+    add("--dataset", default="imagenet100", help="trifeature needs no download: it is drawn when missing")
+    add("--image-size", type=_at_least(8), default=224, help="side of a view in pixels")
+    add("-j", "--workers", type=_at_least(0), help="loader processes of this node; 0: none (default: cores)")
+    add(
+        "--device-aug",
+        type=_word("exact", "off", float="use exact, which gives PIL's pixels"),
+        metavar="{exact,off}",
+        help="color, blur and flip on the device, with PIL's pixels, or in workers (default: exact on CUDA)",
+    )
+    add(
+        "--resize",
+        choices=("torch", "pil"),
+        help="torch is faster and within 2 gray levels of pil (default: pil with --device-aug off)",
+    )
+    add(
+        "--cache",
+        type=_word("decoded", files="the system caches files itself; leave it out", device="use decoded"),
+        metavar="decoded",
+        help="keep decoded images in shared memory, once per node",
+    )
+    add("--on-bad-image", choices=("error", "skip"), default="error", help="skip: name it and take another")
+    add("--decoder", action=_Removed, advice="simplejpeg is used when it is installed, Pillow otherwise")
+
+
+def _add_training(parser, epochs, schedule, weight_decay):
+    add = parser.add_argument_group("training").add_argument
+    add("-a", "--arch", default="resnet50", help="a model of torchvision that ends in fc")
+    add("--epochs", type=_at_least(1), default=epochs, help="of the whole run")
+    add("--start-epoch", type=_at_least(0), default=0, help="number of the first epoch")
+    add("-b", "--batch-size", type=_at_least(1), default=256, help="images per step of this node's processes")
+    add("--schedule", type=_at_least(0), nargs="*", default=schedule, help="epochs of learning rate x 0.1")
+    add("--momentum", type=_at_least(0, float), default=0.9, help="momentum of SGD")
+    add("--weight-decay", "--wd", type=_at_least(0, float), default=weight_decay, help="weight decay")
+    add("--seed", type=_between(0, 2**63 - 1, int), help="same seed, same run (default: drawn and printed)")
+    return add
+
+
+def _add_speed(parser):
+    add = parser.add_argument_group("speed (the default is float32, as published)").add_argument
+    add("--fast", action="store_true", help="on CUDA the three below with bf16, on a CPU --channels-last")
+    add("--amp", choices=("bf16", "fp16"), help="precision of the encoders; weights and loss stay float32")
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of the encoders")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the encoders; takes minutes")
+
+
+def _add_run(parser, written):
+    add = parser.add_argument_group(f"run ({written})").add_argument
+    add("--output-dir", default=".", metavar="DIR", help="folder for all files that are written")
+    add("--resume", default="", metavar="CKPT", help="continue from it; auto: from --output-dir's newest")
+    add("--overwrite", action="store_true", help="start anew and remove the checkpoints in --output-dir")
+    add("-p", "--print-freq", type=_at_least(1), default=10, help="steps between printed lines")
+    return add
+
+
+def _add_processes(parser):
+    add = parser.add_argument_group("processes (no flag for one process or under torchrun)").add_argument
+    add("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
+    add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
+    add("--rank", type=int, default=-1, metavar="N", help="index of this node (default: 0)")
+    add("--dist-url", metavar="URL", help="tcp://HOST:PORT of the node of --rank 0 (default: a free port)")
+    add("--dist-backend", metavar="NAME", help="nccl or gloo (default: nccl on GPUs)")
+    add("--gpu", type=int, metavar="N", help="use this GPU only")
+
+
+def _check(args):
+    """What both programs refuse."""
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
-    if args.on_bad_image == "skip" and args.cache in ("decoded", "device"):
+    if args.on_bad_image == "skip" and args.cache:
         raise UserError(
-            f"--cache {args.cache} decodes all images before training and cannot skip one; use --cache files "
-            "or remove what python -m moco.check names"
-        )
-    if args.cache == "device" and args.resize:
-        raise UserError(
-            "--cache device cuts views out on the device, not by PIL or torch: leave out --resize"
+            "--cache decodes all images before training and cannot skip one: remove those that python -m "
+            "moco.check names, or leave --cache out"
         )
     if args.resume not in ("", "auto") and not Path(args.resume).is_file():
         raise UserError(f"--resume: there is no file {args.resume}; to start anew leave the flag out")
+    if args.overwrite and args.resume == "auto":
+        raise UserError("--overwrite removes what --resume auto continues from: give one of the two")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing the usage."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+class _Help(argparse.HelpFormatter):
+    """Help in 79 columns that shows defaults, unless the text does so itself, and numbers as N (int) or X."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=79)
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, "", argparse.SUPPRESS) or default is False or "(default: " in action.help:
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{action.help} (default: {shown})"
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "__name__", action.dest.upper())
+
+
+class _Removed(argparse.Action):
+    """A flag of earlier versions: an error that says what replaces it."""
+
+    def __init__(self, option_strings, dest, advice):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS)
+        self.advice = advice
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is gone: {self.advice}")
+
+
+def _at_least(least, kind=int):
+    return _bounded(kind, f"at least {least}", lambda value: least <= value < math.inf)
+
+
+def _between(least, most, kind=float):
+    return _bounded(kind, f"between {least} and {most}", lambda value: least <= value <= most)
+
+
+def _bounded(kind, bounds, is_inside):
+    """A `type` for argparse: an int or a float (`kind`) with is_inside(value), in words `bounds`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not is_inside(value):
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    parse.__name__ = "N" if kind is int else "X"  # in the help
+    return parse
+
+
+_above_0 = _bounded(float, "above 0", lambda value: 0 < value < math.inf)
 
 
 def _number_or_word(text):
@@ -206,3 +355,16 @@ def _number_or_word(text):
         return float(text)
     except ValueError:
         return text
+
+
+def _word(*words, **removed):
+    """A `type` for argparse: one of `words`; a `removed` one is an error with the advice given there."""
+
+    def parse(text):
+        if text in removed:
+            raise argparse.ArgumentTypeError(f"{text} is gone: {removed[text]}")
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(words)}")
+        return text
+
+    return parse

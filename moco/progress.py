@@ -1,11 +1,11 @@
-"""One line of progress with the time that is left, for tools that work through many items."""
+"""A progress line with the remaining time, and durations and sizes in words."""
 
 import sys
 import time
 
 
 def duration(seconds):
-    """Seconds as a person says them: '9 s', '4 min 05 s', '2 h 03 min'."""
+    """Seconds in words: '9 s', '4 min 05 s', '2 h 03 min'."""
     seconds = int(seconds + 0.5)
     if seconds < 60:
         return f"{seconds} s"
@@ -14,40 +14,38 @@ def duration(seconds):
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def in_words(count):
+    """A number of bytes in words: '75.3 KB', '308 MB', '25.3 GB'."""
+    size, unit = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if count >= pair[0]), (1e3, "KB"))
+    return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+
+
 class Progress:
-    """Counts items up to `total` and shows how many are done and how long the rest will take, on standard
-    error.
+    """Shows on standard error how many of `total` items are finished and the remaining time.
 
     On a terminal the line is rewritten twice a second; elsewhere (a log file) a line is added every ten
-    seconds. `unit` names what is counted; `scale` divides the counts when they are shown (1e6 for bytes
-    shown as MB). Use it as a context manager: the line is ended on the way out, also after an exception.
+    seconds. A context manager: the line is ended on the way out, also after an exception.
     """
 
-    def __init__(self, label, total, unit="", scale=1, stream=None):
-        self.label, self.total, self.unit, self.scale = label, total, unit, scale
+    def __init__(self, label, total, unit="", stream=None):
+        self.label, self.total, self.unit = label, total, unit
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
-        self.done = self.resumed = 0
+        self.finished = 0
         self.start = self.shown = time.monotonic()
-        self.line_open = False
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *_):
         self._show()
-        if self.line_open:
+        if self.terminal:
             self.stream.write("\n")
             self.stream.flush()
 
-    def skip(self, count):
-        """Count items that were there already; they do not enter the estimate of the time left."""
-        self.done += count
-        self.resumed += count
-
     def update(self, count=1):
-        """Count items that were just done."""
-        self.done += count
+        """Add `count` finished items."""
+        self.finished += count
         now = time.monotonic()
         if now - self.shown >= (0.5 if self.terminal else 10):
             self.shown = now
@@ -55,16 +53,10 @@ class Progress:
 
     def _show(self):
         elapsed = time.monotonic() - self.start
-        fresh = self.done - self.resumed
-        number = f"{self.done / self.scale:.0f}" + (f"/{self.total / self.scale:.0f}" if self.total else "")
-        text = f"{self.label}: {number} {self.unit}".rstrip()
-        if self.total and self.done >= self.total:
+        text = f"{self.label}: {self.finished}/{self.total} {self.unit}".rstrip()
+        if self.finished >= self.total:
             text += f" in {duration(elapsed)}"
-        elif self.total and fresh:
-            text += f", {duration(elapsed / fresh * (self.total - self.done))} left"
-        if self.terminal:
-            self.stream.write(f"\r{text:<79.79}")
-            self.line_open = True
-        else:
-            self.stream.write(text + "\n")
+        elif self.finished:
+            text += f", {duration(elapsed / self.finished * (self.total - self.finished))} left"
+        self.stream.write(f"\r{text:<79.79}" if self.terminal else text + "\n")
         self.stream.flush()

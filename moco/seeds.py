@@ -1,7 +1,6 @@
 """Randomness as a function of position: every draw derives from the run's seed and from where it is used.
 
-So a run gives the same samples whatever the number of workers, and continues after a stop as if it had
-not stopped.
+So the samples do not depend on the number of workers, and a resumed run is equal to one that never stopped.
 """
 
 import contextlib
@@ -9,8 +8,8 @@ import contextlib
 import numpy as np
 import torch
 
-# What a seed is for; folded in first, so that no two uses share a stream.
-ORDER, SAMPLE, STEP, SHUFFLE, REPLACE, BITS, RECOLOR = range(7)
+# What the random numbers are for; folded in first, so that no two uses share a stream.
+ORDER, SAMPLE, STEP, SHUFFLE, REPLACE, BITS = range(6)
 
 
 def fold(seed, *position):
@@ -19,10 +18,7 @@ def fold(seed, *position):
 
 
 def shuffle_order(seed, epoch, step, count):
-    """The order in which shuffled BatchNorm puts the `count` images of a step: (count,) int64.
-
-    Every process makes it for itself, so that none has to wait for another.
-    """
+    """The permutation of a step's images for shuffling BatchNorm: (count,) int64, equal on all ranks."""
     generator = torch.Generator().manual_seed(fold(seed, SHUFFLE, epoch, step))
     return torch.randperm(count, generator=generator)
 
@@ -36,13 +32,7 @@ def seeded(seed):
 
 
 def run_seed(given, checkpoint):
-    """The seed of a run: the one `given`, that of the run which the dict `checkpoint` continues, or a new
-    one.
-
-    A new one has 31 bits, short enough to be typed.
-    """
+    """The seed `given`, else that of the dict `checkpoint`, else a new one of 31 bits."""
     if given is not None:
         return given
-    return checkpoint.get(
-        "seed", int(np.random.SeedSequence().generate_state(1, np.uint32)[0] >> np.uint32(1))
-    )
+    return checkpoint.get("seed", fold(np.random.SeedSequence().entropy) >> 32)

@@ -1,157 +1,292 @@
-"""Draws sheets of pictures: what the encoder is shown, and which images lie near each other in its features.
+"""Draws sheets of pictures: the views that the encoder gets, and which images are near each other for it.
 
     python -m moco.show pairs DIR -o pairs.png --aug-plus --seed 0
-    python -m moco.show neighbours checkpoint_0199.pth.tar DIR -o near.png
-    python -m moco.show neighbours untrained DIR -o near_untrained.png -a resnet18
+    python -m moco.show neighbors checkpoint_0199.pth.tar DIR -o near.png
+    python -m moco.show neighbors untrained DIR -o near_untrained.png -a resnet18
 
 It needs matplotlib (`pip install matplotlib`).
 """
 
 import argparse
+import contextlib
+import copy
+import math
+import os
+from dataclasses import dataclass, field
+from functools import partial
 
-from moco.errors import UserError, run_program
-from moco.pictures import check_picture, save_picture, shortened
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-MOST_ROWS, MOST_COLUMNS = 40, 10  # more would be too long to look at, or too small to recognise
+from moco.data.augment import moco_v1, moco_v2
+from moco.data.decode import read_pixels
+from moco.data.folders import data_folder, image_folder, paths_of
+from moco.data.loader import TrainLoader, ValidationLoader
+from moco.data.pil import center_resize
+from moco.encoders import check_image_size
+from moco.errors import UserError, printable, run_program
+from moco.evaluate.features import backbone, backbone_of, features_of
+from moco.evaluate.knn import neighbors
+from moco.plot import BLACK, BLUE, RED, WIDTH, check_picture, literal, own_style, save_picture
+from moco.progress import Progress
+from moco.run.resources import available_cores
+from moco.seeds import seeded
+from moco.trifeature import FACTORS, is_combination
+
+UNTRAINED = "untrained"
 
 
 def main():
     args = parse_args()
-    _check(args)
+    limits = {"count": (1, 40), "neighbors": (1, 10), "image_size": (8, math.inf), "seed": (0, 2**63 - 1)}
+    limits |= {"among": (1, math.inf), "epoch": (0, math.inf), "workers": (0, math.inf)}
+    for name, (low, high) in limits.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     check_picture(args.out, args.force)
-    from moco.run_settings import data_folder  # imports torch, which --help does not need
-
-    draw = _pairs if args.sheet == "pairs" else _neighbours
-    draw(args, data_folder(args))
-    print(args.out)
+    args.draw(args, data_folder(args.folder, args.dataset_root, args.dataset))
+    print(printable(args.out))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         prog="python -m moco.show", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    sheets = parser.add_subparsers(dest="sheet", required=True, metavar="SHEET")
-    about = {
-        "pairs": "images and the two views of each that pre-training gets from them, to the pixel",
-        "neighbours": "validation images and the training images nearest to them under a checkpoint",
-    }
-    pairs, neighbours = (
-        sheets.add_parser(name, help=text, description=f"Draws {text}.", allow_abbrev=False)
-        for name, text in about.items()
-    )
-    neighbours.add_argument(
-        "checkpoint",
-        metavar="CKPT",
-        help="of pre-training or linear evaluation, a released model's name, or untrained",
-    )
-    for sheet in (pairs, neighbours):
-        _add_shared(sheet)
+    sheets = parser.add_subparsers(required=True, metavar="SHEET")
+    text = "images and the two views of each that pre-training gets from them, to the pixel"
+    pairs = sheets.add_parser("pairs", help=text, description=f"Draws {text}.", allow_abbrev=False)
+    text = "validation images and the training images nearest to them under a checkpoint"
+    near = sheets.add_parser("neighbors", help=text, description=f"Draws {text}.", allow_abbrev=False)
+    text = "of pre-training or linear evaluation, a released model's name, or untrained"
+    near.add_argument("checkpoint", metavar="CKPT", help=text)
+    for sheet, draw in ((pairs, draw_pairs), (near, draw_neighbors)):
+        sheet.set_defaults(draw=draw)
+        add = sheet.add_argument
+        add("folder", metavar="DIR", nargs="?", help="data set with train/ (and for neighbors val/)")
+        add("--dataset-root", "--dataset_root", metavar="ROOT", help="folder that holds --dataset")
+        text = "a folder in ROOT; trifeature is drawn when missing (default: %(default)s)"
+        add("--dataset", default="imagenet100", metavar="NAME", help=text)
+        add("-o", "--out", required=True, metavar="OUT.png", help="picture to write, also .pdf or .svg")
+        add("--force", action="store_true", help="replace OUT.png if it exists")
+        add("--image-size", type=int, metavar="S", help="side of a view (default: the checkpoint's, or 224)")
+        add("--seed", type=int, default=0, metavar="N", help="chooses the images (default: %(default)s)")
+        add("--count", type=int, default=8, metavar="N", help="images (default: %(default)s)")
+        add("--resize", choices=("pil", "torch"), default="pil", help="as in training (default: %(default)s)")
     pairs.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation, not v1's")
     pairs.add_argument("--epoch", type=int, default=0, metavar="N", help="from 0 (default: %(default)s)")
-    neighbours.add_argument(
-        "--neighbours", type=int, default=5, metavar="N", help="of each image (default: %(default)s)"
-    )
-    neighbours.add_argument(
-        "-a", "--arch", help="torchvision model (default: what the checkpoint says, or else resnet50)"
-    )
-    neighbours.add_argument(
-        "--among", type=int, metavar="N",
-        help="search only N training images, drawn by --seed (default: all; on a CPU that can take long)",
-    )  # fmt: skip
-    neighbours.add_argument(
-        "-b", "--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)"
-    )
-    neighbours.add_argument(
-        "-j", "--workers", type=int, metavar="N", help="loader processes (default: one per core)"
-    )
+    add = near.add_argument
+    add("--neighbors", type=int, default=5, metavar="N", help="of each image (default: %(default)s)")
+    add("-a", "--arch", help="torchvision model (default: what the checkpoint says, or else resnet50)")
+    add("--among", type=int, metavar="N", help="search only N random training images (default: all)")
+    add("-j", "--workers", type=int, metavar="W", help="loader processes (default: one per core)")
     return parser.parse_args()
 
 
-def _add_shared(sheet):
-    add = sheet.add_argument
-    add("folder", metavar="DIR", nargs="?", help="data set with train/ (and for neighbours val/)")
-    add("--dataset-root", "--dataset_root", metavar="ROOT", help="folder that holds the data set --dataset")
-    add(
-        "--dataset", default="imagenet100", metavar="NAME",
-        help="its name; trifeature is drawn when missing (default: %(default)s)",
-    )  # fmt: skip
-    add("-o", "--out", required=True, metavar="OUT.png", help="picture to write; .pdf and .svg work as well")
-    add("--force", action="store_true", help="replace OUT.png if it exists")
-    add(
-        "--image-size", type=int, metavar="S",
-        help="side of a view (default: 224, or the checkpoint's where it says)",
-    )  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="chooses images and views (default: %(default)s)")
-    add("--count", type=int, default=8, metavar="N", help="images (default: %(default)s)")
-    add(
-        "--resize", choices=("pil", "torch"), default="pil",
-        help="as in training: pil on a CPU, torch on CUDA unless given (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--decoder", choices=("pillow", "simplejpeg"), help="of JPEG files (default: simplejpeg if installed)"
-    )
+# A sheet: a grid of pictures with words.
 
 
-def _check(args):
-    limits = {
-        "count": (1, MOST_ROWS),
-        "epoch": (0, None),
-        "neighbours": (1, MOST_COLUMNS),
-        "among": (1, None),
-    }
-    limits |= {"batch_size": (1, None), "workers": (0, None), "image_size": (8, None), "seed": (0, 2**63 - 1)}
-    for name, (low, high) in limits.items():
-        value = getattr(args, name, None)
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            span = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} must be {span}, not {value}")
+@dataclass
+class Tile:
+    """A picture, uint8 (H, W, 3); a title above it, in `color`; (text, color) of the lines below; boxes to
+    draw in it: (top, left, height, width, look), look: matplotlib's names and values.
+    """
+
+    picture: np.ndarray
+    title: str
+    lines: list
+    color: str = BLACK
+    boxes: list = field(default_factory=list)
 
 
-def _pairs(args, folder):
-    from moco.data import image_folder
-    from moco.draws import moco_v1, moco_v2
-    from moco.show_pairs import pairs_of, pairs_sheet
+def sheet(title, tiles, columns):
+    """A matplotlib Figure of a title, which may have several lines, and Tiles in rows of `columns`."""
+    line, cell, head = 0.15, WIDTH / columns, 0.25 + 0.2 * len(title.splitlines())  # inches
+    side, most = 0.92 * cell, max(len(tile.lines) for tile in tiles)
+    height = 1.04 * side + line * (1.5 + most)
+    total = head + math.ceil(len(tiles) / columns) * height
+    with own_style() as matplotlib:
+        from matplotlib.patches import Rectangle
 
+        figure = matplotlib.figure.Figure((WIDTH, total))
+        words = "\n".join(map(literal, title.splitlines()))
+        figure.text(0.1 / WIDTH, 1 - 0.08 / total, words, va="top", linespacing=1.4)
+        for number, tile in enumerate(tiles):
+            row, column = divmod(number, columns)
+            left, bottom = (column + 0.04) * cell, total - head - row * height - side
+            axis = figure.add_axes((left / WIDTH, bottom / total, side / WIDTH, side / total))
+            axis.imshow(tile.picture, interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(tile.title, fontsize=8, pad=3, color=tile.color)
+            for y, x, tall, wide, look in tile.boxes:
+                look = {"facecolor": "none", "linewidth": 2, "clip_on": False} | look
+                axis.add_patch(Rectangle((x - 0.5, y - 0.5), wide, tall, **look))
+            for down, (text, color) in enumerate(tile.lines):
+                text = literal(text, most=int(side / 0.067))  # letters of 8 points that fit
+                y = -0.04 - down * line / side
+                axis.text(0, y, text, transform=axis.transAxes, va="top", fontsize=8, color=color)
+    return figure
+
+
+# Pairs: the views that pre-training gets.
+
+LOOKS = {  # of the boxes: where their edges lie on each other both are seen
+    "query": {"edgecolor": BLUE},
+    "key": {"edgecolor": RED, "linestyle": (0, (3, 2))},
+}
+
+
+def draw_pairs(args, folder):
+    recipe, name = (moco_v2(), "v2") if args.aug_plus else (moco_v1(), "v1")
     size = args.image_size or 224
     images = image_folder(folder, "train")
-    recipe, name = (moco_v2(), "v2") if args.aug_plus else (moco_v1(), "v1")
-    pairs = pairs_of(images, recipe, size, args.resize, args.seed, args.epoch, args.count, args.decoder)
+    tiles = pairs_of(images, recipe, size, args.resize, args.seed, args.epoch, args.count)
     title = (
-        f"{shortened(str(folder), 70)}: the first pairs of epoch {args.epoch} with seed {args.seed}\n"
-        f"MoCo {name} augmentation, views of {size} x {size} pixels, resize {args.resize}"
+        f"{folder}: the first pairs of epoch {args.epoch} with seed {args.seed}, and where they are cut out\n"
+        f"MoCo {name} augmentation, views of {size} x {size} pixels, resize {args.resize}; "
+        "crop: of the image's area; blur: sigma in pixels"
     )
-    save_picture(pairs_sheet(pairs, title), args.out)
+    save_picture(sheet(title, tiles, columns=6), args.out)
 
 
-def _neighbours(args, folder):
-    from moco.data import image_folder
-    from moco.encoders import check_image_size
-    from moco.launch import launch
-    from moco.show_neighbours import backbone_of
+def pairs_of(images, recipe, size, resize, seed, epoch, count):
+    """Tiles of the first `count` images that a run with `seed` trains on in `epoch`, in its order: three for
+    each, the image with the boxes of its views, the query and the key.
 
-    splits = image_folder(folder, "train"), image_folder(folder, "val")
-    model, arch, size, about = backbone_of(args.checkpoint, args.arch, args.seed)
-    args.image_size = args.image_size or size or 224
-    check_image_size(arch, args.image_size)
-    launch(_draw_neighbours, (args, folder, *splits, model, about))
+    images: an ImageFolder; recipe: a moco.data.augment.Recipe; size, resize: as TrainLoader's. The views are
+    what an encoder gets before normalization. Raises UserError.
+    """
+    _check_count("--count", count, images)
+    loader = TrainLoader(images, recipe, size=size, batch_size=count, seed=seed, resize=resize)
+    batch, paths, tiles = next(loader.epoch(epoch)), paths_of(images), []
+    for position, index in enumerate(batch.indices.tolist()):
+        image, records = read_pixels(paths[index]), batch.records[:, position]
+        boxes = [(*record.item()[:4], look) for record, look in zip(records, LOOKS.values(), strict=True)]
+        tiles.append(Tile(image, f"image {index}", [(class_name(images, index), BLACK)], boxes=boxes))
+        for (label, look), record, pixels in zip(LOOKS.items(), records, batch.pixels, strict=True):
+            lines = [(line, BLACK) for line in what_was_done(record, image.shape)]
+            view = pixels[position].permute(1, 2, 0).numpy()
+            tiles.append(Tile(view, label, lines, color=look["edgecolor"]))
+    return tiles
 
 
-def _draw_neighbours(process, args, folder, train, val, model, about):
-    from moco.data import Loading
-    from moco.show_neighbours import agreement, neighbours_of, neighbours_sheet
+def what_was_done(record, shape):
+    """Two short lines on a record of VIEW for an image of `shape` (H, W, ...)."""
+    share = int(record["height"]) * int(record["width"]) / (shape[0] * shape[1])
+    first = [f"crop {share:.0%}"] + ["flipped"] * bool(record["flip"])
+    then = ["jitter"] * bool(record["jitter"]) + ["gray"] * bool(record["gray"])
+    then += [f"blur {record['sigma']:.1f}"] if record["sigma"] > 0 else []
+    return ", ".join(first), ", ".join(then)
 
-    loading = Loading(args.image_size, args.resize, args.batch_size, args.workers, args.decoder)
-    found = neighbours_of(
-        process, model, train, val, loading, args.seed, args.count, args.neighbours, args.among
-    )
-    searched = f"all {len(train)}" if args.among is None else f"{args.among} of {len(train)}"
+
+# Neighbors: which training images are nearest to validation images.
+
+
+def draw_neighbors(args, folder):
+    train, val = image_folder(folder, "train"), image_folder(folder, "val")
+    if args.checkpoint == UNTRAINED and not os.path.isfile(UNTRAINED):
+        arch, checkpoint = args.arch or "resnet50", {}
+        with seeded(args.seed):
+            network = backbone(arch).eval()
+    else:
+        network, checkpoint = backbone_of(args.checkpoint, args.arch)
+        arch = checkpoint["arch"]
+    epochs = f" after {checkpoint['epoch']} epochs" if checkpoint.get("epoch") else ""
+    size = args.image_size or checkpoint.get("settings", {}).get("image_size") or 224
+    check_image_size(arch, size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = available_cores() if args.workers is None else args.workers
+    settings = {"size": size, "resize": args.resize, "workers": workers, "device": device}
+    loader = partial(ValidationLoader, batch_size=256, **settings)
+    numbers = args.seed, args.count, args.neighbors, args.among
+    asked, nearest, cosines = neighbors_of(network.to(device), train, val, loader, *numbers)
+
+    def view(images, index):
+        pixels = read_pixels(paths_of(images)[index])
+        return center_resize(pixels, size, args.resize).permute(1, 2, 0).numpy()
+
+    tiles, pairs = [], []
+    for index, near, near_cosines in zip(asked, nearest, cosines, strict=True):
+        name = class_name(val, index)
+        lines = [(text, BLACK) for text in factors(name)]
+        tiles.append(Tile(view(val, index), f"image {index}", lines))
+        for other, cosine in zip(near, near_cosines, strict=True):
+            pairs.append((name, class_name(train, other)))
+            tiles.append(Tile(view(train, other), f"cosine {cosine:.3f}", marks(*pairs[-1])))
     title = (
-        f"Nearest of {searched} training images by the cosine of the features of\n{shortened(about, 100)}\n"
-        f"{shortened(str(folder), 50)}, {args.image_size} x {args.image_size} pixels; {agreement(found)}"
+        f"Nearest of {args.among or len(train)} training images by the cosine of the features of\n"
+        f"{args.checkpoint} ({arch}{epochs}), seed {args.seed}\n"
+        f"{folder}, {size} x {size} pixels; {agreement(pairs)}"
     )
-    save_picture(neighbours_sheet(found, title), args.out)
-    print(agreement(found))
+    save_picture(sheet(title, tiles, columns=1 + args.neighbors), args.out)
+    print(agreement(pairs))
+
+
+def neighbors_of(network, train, val, loader, seed, count, number, among=None):
+    """Arrays: the numbers of `count` validation images (count,), those of the training images nearest to each
+    and their cosines, both (count, number), nearest first.
+
+    network: gives features, in eval mode on the loader's device; train, val: ImageFolders; loader: a partial
+    ValidationLoader. The validation images are drawn from `seed` alone, so they are the same for every
+    network. among: how many training images are searched, drawn from `seed` too (None: all). Raises
+    UserError.
+    """
+    _check_count("--count", count, val)
+    _check_count("--among", among or 1, train)
+    _check_count("--neighbors", number, train if among is None else range(among))
+    asked = np.random.default_rng(seed).permutation(len(val))[:count]
+    searched = np.sort(np.random.default_rng(seed).permutation(len(train))[:among])
+    queries, bank = _features(network, val, asked, loader), _features(network, train, searched, loader)
+    cosines, places = neighbors(queries, bank, number)
+    return asked, searched[places.cpu().numpy()], cosines.cpu().numpy()
+
+
+def _features(network, images, numbers, loader):
+    """The features of these of an ImageFolder's images: float32 N x d, unit rows."""
+    chosen = copy.copy(images)
+    chosen.samples = [images.samples[number] for number in numbers]
+    chosen.targets = [images.targets[number] for number in numbers]
+    batches = loader(chosen)
+    with Progress("features", len(numbers), "images") as progress, contextlib.closing(batches):
+
+        def counted():
+            for batch in batches:
+                yield batch
+                progress.update(len(batch.targets))
+
+        features, _ = features_of(network, counted(), next(network.parameters()).device)
+    return F.normalize(features, dim=1)
+
+
+def _check_count(flag, count, images):
+    if count > len(images):
+        raise UserError(f"{flag} {count} is more than the {len(images)} images to choose from")
+
+
+def class_name(images, index):
+    return images.classes[images.targets[index]]
+
+
+def factors(name):
+    """What is compared of a class: Trifeature's factors, of others its name."""
+    return name.split("_") if is_combination(name) else [name]
+
+
+def agreement(pairs):
+    """What the classes in pairs have in common, in words: Trifeature's factors, or else themselves."""
+    pairs = [(factors(one), factors(other)) for one, other in pairs]
+    kinds = FACTORS if all(len(one) == len(other) == len(FACTORS) for one, other in pairs) else ["class"]
+    same = [sum(one[place] == other[place] for one, other in pairs) for place in range(len(kinds))]
+    counts = ", ".join(f"{kind} {many}" for kind, many in zip(kinds, same, strict=True))
+    return f"of {len(pairs)} neighbors agree in {counts}"
+
+
+def marks(name, other):
+    """Lines of a Tile: what the class `other` shares with the class `name` and what not."""
+    shared = factors(name)
+    return [(f"✓ {text}", BLUE) if text in shared else (f"✗ {text}", RED) for text in factors(other)]
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "python -m moco.show")

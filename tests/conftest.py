@@ -8,7 +8,6 @@ import sys
 import tempfile
 import traceback
 
-import numpy as np
 import pytest
 
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at import; a pool's threads do not survive a fork
@@ -16,8 +15,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at import; a pool's th
 import torch
 import torch.distributed as dist
 from command_lines import MOCO
-from PIL import Image
-from started_runs import Forked
+from made_folders import make_folders
 from tiny import TinyEncoder  # noqa: F401  (which makes `-a tiny` known)
 
 from moco.errors import run_program
@@ -93,17 +91,6 @@ def folders(tmp_path_factory):
     return root
 
 
-def make_folders(root, classes=("ant", "bee", "cat"), train=8, val=3):
-    """Write random JPEG files to root/train and root/val."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((40, 30)).save(root / split / name / f"{i}.jpg")
-
-
 @pytest.fixture
 def cli(capsys, monkeypatch):
     """`cli(main, *words)`: run a program's main() with a command line; (exit code, output, errors)."""
@@ -139,6 +126,8 @@ def pretrained(folders, tmp_path_factory):
         str(out),
         str(folders),
     ]
+    from started_runs import Forked  # here, because it imports the program
+
     with Forked(*words) as run:
         assert run.end(120) == 0, run.output
     return run.output, out

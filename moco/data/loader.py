@@ -1,0 +1,202 @@
+"""Batches of views for training and of central views for validation: what a worker does for each image."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from moco.data.augment import VIEW, Recipe, draw
+from moco.data.cache import Cache
+from moco.data.decode import read_pixels
+from moco.data.folders import EpochBatches, paths_of, targets_of
+from moco.data.pil import center_resize, crop_resize, photometric
+from moco.data.ring import Batch, RingLoader
+from moco.errors import UserError, printable
+from moco.seeds import REPLACE, fold
+
+__all__ = ["Batch", "TrainLoader", "ValidationLoader", "batch_per_process"]
+
+TRIES = 100  # images that may be bad one after the other: with half of all, never; without the disk, soon
+CPU = torch.device("cpu")
+
+
+def batch_per_process(batch_size, processes, bn_splits=1, views=2):
+    """The images of a step in one of the `processes` of a node, which share --batch-size. Raises UserError.
+
+    bn_splits: the groups of BatchNorm in a process. views: with several, each group needs 2 images at least.
+    """
+    if batch_size % processes:
+        raise UserError(
+            f"--batch-size {batch_size} cannot be shared by the {processes} processes of this node"
+        )
+    local = batch_size // processes
+    if local % bn_splits:
+        raise UserError(f"a process's batch of {local} has no --bn-splits {bn_splits} equal groups")
+    if local // bn_splits < 2 and views > 1:
+        raise UserError("BatchNorm needs at least 2 images in each group; raise -b or lower --bn-splits")
+    return local
+
+
+class TrainLoader:
+    """Batches of augmented views of shuffled images; each is a function of (seed, epoch, step) and its rank.
+
+    images: an ImageFolder; recipe: a moco.data.augment.Recipe; size: pixels of a view's side. batch_size: of
+    this process, which is one of world_size; a step takes global_batch images in all of them, and an epoch
+    leaves out what does not fill a step. views: of an image. resize: "pil" or "torch" (moco.data.pil).
+    photometric: workers also apply the recipe's jitter, grayscale, blur and flip; without it the batch's
+    records say what a moco.data.device.DeviceAugment does later. workers: processes, 0 for none. cache: a
+    moco.data.cache.Cache of the images, or None. on_bad_image: "error", or "skip" to put another image in the
+    place of one that cannot be read and say so. device: where batches are wanted.
+
+    len(): steps of an epoch. transport: a clause for the start of a run. How long a batch is valid:
+    moco.data.ring.RingLoader. Raises UserError when there are fewer images than a step takes.
+    """
+
+    def __init__(
+        self, images, recipe, *, size, batch_size, seed, rank=0, world_size=1, views=2, resize="pil",
+        photometric=True, workers=0, cache=None, on_bad_image="error", device=CPU,
+    ):  # fmt: skip
+        self.global_batch = batch_size * world_size
+        if len(images) < self.global_batch:
+            raise UserError(
+                f"{images.root} has {len(images)} images, fewer than a step's {self.global_batch}; lower -b"
+            )
+        self._batches = EpochBatches(len(images), self.global_batch, seed, rank, world_size)
+        source = _Images(paths_of(images), targets_of(images), cache)
+        fill = _TrainingSample(source, recipe, size, resize, seed, photometric, on_bad_image == "skip")
+        self._ring = RingLoader(fill, views, batch_size, size, workers, device)
+        self.transport = self._ring.transport
+
+    def __len__(self):
+        return len(self._batches)
+
+    def epoch(self, epoch, first_step=0):
+        """An iterator over this process's Batches of an epoch from `first_step` on; it ends one under way.
+
+        The workers begin at once. Iterating raises UserError, which names the file when an image is bad.
+        """
+        parts = self._batches.indices(epoch)[first_step:]
+        return self._ring.epoch([(epoch, index) for index in part.tolist()] for part in parts)
+
+    def close(self):
+        """End the workers."""
+        self._ring.close()
+
+
+class ValidationLoader:
+    """Batches of the images' central views (views=1), in their order; iterating goes through them once.
+
+    Over all processes every image comes once: process `rank` of world_size has those numbered rank,
+    rank + world_size, ... The last batch may be smaller. skip_bad: an image that cannot be read is black and
+    has target -1, instead of a UserError. All else as in TrainLoader.
+    """
+
+    def __init__(
+        self, images, *, size, batch_size, rank=0, world_size=1, resize="pil", workers=0, cache=None,
+        skip_bad=False, device=CPU,
+    ):  # fmt: skip
+        share = range(rank, len(images.samples), world_size)
+        self._batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
+        source = _Images(paths_of(images), targets_of(images), cache)
+        fill = _ValidationSample(source, size, resize, skip_bad)
+        self._ring = RingLoader(fill, 1, batch_size, size, workers, device)
+        self.transport = self._ring.transport
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __iter__(self):
+        return self._ring.epoch(self._batches)
+
+    def close(self):
+        """End the workers."""
+        self._ring.close()
+
+
+# What workers hold must not refer to the loader, which would otherwise keep itself and them alive.
+
+
+@dataclass
+class _Images:
+    paths: list
+    targets: np.ndarray  # int64 (N,)
+    cache: Cache | None
+    named: set = field(default_factory=set)  # bad ones that this worker has named
+
+    def pixels(self, index):
+        return read_pixels(self.paths[index]) if self.cache is None else self.cache.read(index)
+
+    def name(self, index, sentence, instead):
+        if index not in self.named:
+            self.named.add(index)
+            print(f"bad image: {sentence}; {instead}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class _TrainingSample:
+    """Writes the views of key (epoch, index), drawn from (seed, epoch, index), into a slot of the ring."""
+
+    images: _Images
+    recipe: Recipe
+    size: int
+    resize: str
+    seed: int
+    photometric: bool
+    skip: bool
+
+    def __call__(self, slot: Any, position, key):
+        epoch, index = key
+        taken, image = self._read(epoch, index) if self.skip else (index, self.images.pixels(index))
+        height, width = image.shape[:2]
+        # An image in another's place gets the other's draws, unlike in its own turn.
+        records = draw(self.recipe, width, height, self.seed, epoch, index, len(slot.pixels))
+        for record, view in zip(records, torch.from_numpy(slot.pixels[:, position]).unbind(), strict=True):
+            crop_resize(image, record, self.size, self.resize, out=view)
+            if self.photometric:
+                view.copy_(photometric(view, record, self.recipe.gray_first))
+        slot.records[:, position] = records
+        slot.targets[position], slot.indices[position] = self.images.targets[taken], index
+
+    def _read(self, epoch, index):
+        """(number, pixels) of image `index` or of the first that can be read of those drawn in its place."""
+        taken = index
+        for attempt in range(TRIES + 1):
+            try:
+                return taken, self.images.pixels(taken)
+            except UserError as error:
+                sentence = error.sentence
+                self.images.name(taken, sentence, "another is taken in its place")
+            taken = fold(self.seed, REPLACE, epoch, index, attempt) % len(self.images.paths)
+        raise UserError(
+            f"{printable(self.images.paths[index])} cannot be read, nor can {TRIES} images drawn in its "
+            f"place, at last: {sentence} (python -m moco.check names all)"
+        )
+
+
+@dataclass
+class _ValidationSample:
+    """Writes the central view of image number `key` into a slot of the ring."""
+
+    images: _Images
+    size: int
+    resize: str
+    skip: bool
+
+    def __call__(self, slot: Any, position, key):
+        view = torch.from_numpy(slot.pixels[0, position])
+        slot.records[:, position] = np.zeros((), VIEW)
+        slot.targets[position], slot.indices[position] = self.images.targets[key], key
+        try:
+            image = self.images.pixels(key)
+        except UserError as error:
+            if not self.skip:
+                raise UserError(
+                    f"{error.sentence} (validation counts every image, so it skips none)"
+                ) from error
+            self.images.name(key, error.sentence, "it is left out")
+            view.zero_()
+            slot.targets[position] = -1
+            return
+        center_resize(image, self.size, self.resize, out=view)

@@ -1,0 +1,1 @@
+"""What features are worth: statistics of features, nearest neighbors, and linear evaluation."""

@@ -1,0 +1,1 @@
+"""What any long job needs: processes, signals, checkpoints, logs."""

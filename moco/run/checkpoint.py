@@ -1,0 +1,381 @@
+"""Checkpoints of both programs: written whole or not at all, found again, and read without running code."""
+
+import io
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from moco.errors import UserError, first_line
+from moco.files import atomic_file
+
+NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
+WRAPPER_PREFIX = "module."  # of DistributedDataParallel, in front of the names in published files
+COMPILE_MARK = "_orig_mod."  # of torch.compile, in files of other programs
+
+
+def save(checkpoint, path, before=None):
+    """torch.save a dict of tensors and plain values to `path`, which shows the old file or the whole new one.
+
+    before: the name that the old file gets, if it is to stay. Raises UserError when it cannot be written.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)  # in memory, as torch does not say why it could not write to a file
+    try:
+        with atomic_file(path, before) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+    except OSError as error:
+        raise UserError(
+            f"cannot write the checkpoint {path} ({first_line(error)}); the ones before it are intact: free "
+            "space or choose another --output-dir"
+        ) from error
+
+
+def read(path):
+    """A checkpoint of this program, of MoCo or of IFM: a dict with at least `state_dict`, tensors on the CPU.
+
+    Names are without DistributedDataParallel's `module.`. A bare state_dict is accepted too. Only tensors and
+    plain values are read (`weights_only=True`); damage is found by the CRC-32 that torch writes beside every
+    tensor and does not look at. Raises UserError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any("/code/" in name for name in archive.namelist()):
+                    raise UserError(f"{path} is a TorchScript program, not a checkpoint; refused: it is code")
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise UserError(
+                        f"{path} is a compressed archive, which torch never writes; refused: it could be a "
+                        "zip bomb"
+                    )
+                if damaged := archive.testzip():
+                    raise UserError(f"{path} is damaged (checksum of {damaged}); copy or download it again")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and torch have an exception of their own for each kind of damage
+        raise UserError(_unreadable(path, error)) from error
+    checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
+    state = checkpoint["state_dict"]
+    named_tensors = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+    if not (named_tensors and state):
+        raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
+    return {**checkpoint, "state_dict": plain_names(state)}
+
+
+def plain_names(state_dict):
+    """The same tensors without the marks of DistributedDataParallel and torch.compile in their names."""
+    return {
+        name.replace(COMPILE_MARK, "").removeprefix(WRAPPER_PREFIX): tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def published_names(model):
+    """The state_dict of a model with the names of published files, which start with `module.`."""
+    return {WRAPPER_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def encoder_state(checkpoint, path):
+    """The backbone's tensors by the names of the plain torchvision model, without its last layer `fc`.
+
+    `checkpoint`: what `read` returned for `path` (named in messages), of pre-training (the query encoder is
+    taken) or of linear evaluation. Raises UserError when it holds neither.
+    """
+    state, settings = checkpoint["state_dict"], checkpoint.get("settings")
+    if isinstance(settings, dict) and settings.get("random_bits"):
+        raise UserError(
+            f"{path} is of a run with --random-bits, whose encoder takes more than the three channels of an "
+            "image; python -m moco.shortcuts randbit measures such encoders"
+        )
+    query = {name.removeprefix("encoder_q."): t for name, t in state.items() if name.startswith("encoder_q.")}
+    backbone = {name: t for name, t in (query or state).items() if not name.startswith("fc.")}
+    if not backbone:
+        raise UserError(f"{path} holds no encoder: its tensors are {_some(state)}")
+    return backbone
+
+
+def check_arch(checkpoint, arch, path):
+    """Raise UserError when the checkpoint read from `path` says that it is of another architecture."""
+    if checkpoint.get("arch", arch) != arch:
+        raise UserError(f"{path} is of -a {checkpoint['arch']}, not of -a {arch}")
+
+
+def load_strictly(model, state_dict, path, may_miss=()):
+    """Load `state_dict` into `model`; both must have the same tensors, except for the names `may_miss`.
+
+    Raises UserError that names what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - state_dict.keys() - set(may_miss))
+    unexpected = sorted(state_dict.keys() - own.keys())
+    other_shape = [
+        f"{name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} here"
+        for name, tensor in state_dict.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    problems = (
+        ("missing:", missing),
+        ("unexpected:", unexpected),
+        ("shapes differ:", other_shape),
+    )
+    wrong = [f"{what} {_some(names)}" for what, names in problems if names]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit this model ({'; '.join(wrong)}); check --arch, --moco-dim, --moco-k and "
+            "--mlp against those of the checkpoint"
+        )
+    model.load_state_dict(state_dict, strict=not may_miss)
+
+
+def restore(checkpoint, path, model, optimizer, scaler, epochs):
+    """Load model, optimizer and GradScaler from the checkpoint read from `path`. Returns (epoch, step) to
+    continue from.
+
+    Raises UserError when it does not fit or has finished all `epochs`.
+    """
+    epoch, step, state = checkpoint.get("epoch"), checkpoint.get("step", 0), checkpoint.get("optimizer")
+    if not (isinstance(epoch, int) and isinstance(step, int) and isinstance(state, dict)):
+        raise UserError(f"{path} has no optimizer state, so no run can continue from it")
+    load_strictly(model, checkpoint["state_dict"], path)
+    load_optimizer(optimizer, state, path)
+    if scaler.is_enabled() and "scaler" in checkpoint:
+        scaler.load_state_dict(checkpoint["scaler"])
+    if epoch >= epochs:
+        raise UserError(f"{path} has finished {epoch} epochs; raise --epochs to go on")
+    return epoch, step
+
+
+def load_optimizer(optimizer, state, path):
+    """Load an SGD's state_dict except its choice of implementation. Raises UserError if it does not fit."""
+    try:
+        implementation = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, (fused, foreach) in zip(optimizer.param_groups, implementation, strict=True):
+            group.update(fused=fused, foreach=foreach)
+        for weight, of_weight in optimizer.state.items():
+            if (momentum := of_weight.get("momentum_buffer")) is not None:
+                # fused SGD pairs values by their place in memory; the file may have another memory format
+                of_weight["momentum_buffer"] = torch.empty_like(weight).copy_(momentum)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the optimizer state in {path} is of another model ({first_line(error)})") from error
+
+
+def check_compatible(checkpoint, path, data, settings, rank):
+    """Refuse, or where it can work note on rank 0, what differs between the run of a checkpoint and this one.
+
+    data: `images`, `global_batch` and the like of this run; settings: moco.options.settings of it. Raises
+    UserError.
+    """
+    before, step, data_before = (checkpoint.get(name) for name in ("settings", "step", "data"))
+    before = before if isinstance(before, dict) else {}
+    data_before = data_before if isinstance(data_before, dict) else {}
+    for name in ("moco_dim", "moco_k", "mlp"):
+        if name in before and before[name] != settings[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{path} is of a run with {flag} {before[name]}, not {settings[name]}")
+    if step and before.get("seed", settings["seed"]) != settings["seed"]:
+        raise UserError(
+            f"{path} is from within an epoch of --seed {before['seed']}, which --seed {settings['seed']} "
+            "cannot continue: use the same, or leave the flag out"
+        )
+    for name, value in data.items():
+        if data_before.get(name, value) != value:
+            if step:
+                raise UserError(
+                    f"{path} is from within an epoch: {name} was {data_before[name]} there and is {value} "
+                    "here; continue with the same data, --batch-size, --bn-splits and number of processes"
+                )
+            rank.print(f"note: {name} was {data_before[name]} in {path} and is {value} from here on")
+    if step and step > (steps := data["images"] // data["global_batch"]):
+        raise UserError(f"{path} is not of this program: {step} steps of an epoch of {steps} are finished")
+    for name, value in before.items():
+        if settings.get(name, value) != value:
+            rank.print(f"note: {name} was {value} in {path} and is {settings[name]} from here on")
+
+
+class Checkpoints:
+    """Pre-training's files: checkpoint_0007.pth.tar after epoch 7, checkpoint_0008_000120.pth.tar after 120
+    steps of epoch 8.
+
+    keep: how many of the newest epochs stay; save_freq: every such epoch stays besides (0: none). While a run
+    goes on, the file before the newest stays as well, should the newest be damaged.
+    """
+
+    def __init__(self, folder, rank, keep=1, save_freq=0):
+        self.folder, self.rank, self.keep, self.save_freq = Path(folder), rank, keep, save_freq
+
+    def newest_first(self):
+        """The paths of the checkpoints in the folder."""
+        return sorted(filter(_position, self.folder.glob("checkpoint_*")), key=_position, reverse=True)
+
+    def load(self, resume, overwrite=False):
+        """(path, what `read` gives) of the checkpoint to continue from, or (None, {}) for a new run.
+
+        resume, overwrite: --resume and --overwrite. All ranks call it together and get the same. Raises
+        UserError, before any file is touched, when the folder has checkpoints that the run would mix with.
+        """
+        source = _source(self.newest_first(), resume, self.rank)
+        position = (0, 0)
+        checkpoint = {}
+        if source:
+            checkpoint = read(source)
+            position = checkpoint.get("epoch", 0), checkpoint.get("step", 0)
+        beyond = [path for path in self.newest_first() if _position(path) > position]
+        if resume != "auto":
+            _refuse_or_remove(beyond, overwrite, self.folder, self.rank)
+        _remove_partial(self.folder, self.rank)
+        return source, checkpoint
+
+    def save(self, model, optimizer, scaler, *, epoch, step, **entries):
+        """Write the state after `step` steps of `epoch` (step 0: `epoch` epochs are finished), on rank 0.
+
+        entries: plain values that stand beside it. Returns the path. Raises UserError.
+        """
+        name = f"checkpoint_{epoch:04d}_{step:06d}" if step else f"checkpoint_{epoch - 1:04d}"
+        path = self.folder / f"{name}.pth.tar"
+        if self.rank.is_first:
+            scaler_state = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
+            state = {
+                "state_dict": published_names(model),
+                "optimizer": optimizer.state_dict(),
+                **scaler_state,
+            }
+            save({"epoch": epoch, "step": step, **entries, **state}, path)
+            self._prune(path, self.keep + 1)
+        return path
+
+    def finish(self):
+        """Remove the file that stays only while a run goes on."""
+        if self.rank.is_first and (paths := self.newest_first()):
+            self._prune(paths[0], self.keep)
+
+    def _prune(self, newest, keep):
+        older = [path for path in self.newest_first() if _position(path) <= _position(newest)]
+        epochs = [path for path in older if _position(path)[1] == 0]
+        for path in older:
+            milestone = self.save_freq and path in epochs and _position(path)[0] % self.save_freq == 0
+            if path != newest and path not in epochs[:keep] and not milestone:
+                path.unlink(missing_ok=True)
+
+
+class LinearCheckpoints:
+    """Linear evaluation's files: checkpoint.pth.tar (newest), model_best.pth.tar, and while the run goes on
+    checkpoint_previous.pth.tar, should the newest be damaged.
+    """
+
+    def __init__(self, folder, rank):
+        self.folder, self.rank = Path(folder), rank
+        self.newest, self.best = self.folder / "checkpoint.pth.tar", self.folder / "model_best.pth.tar"
+        self.previous = self.folder / "checkpoint_previous.pth.tar"
+
+    def newest_first(self):
+        """The paths of the checkpoints to continue from that exist."""
+        return [path for path in (self.newest, self.previous) if path.is_file()]
+
+    def load(self, resume, overwrite=False):
+        """As Checkpoints.load."""
+        source = _source(self.newest_first(), resume, self.rank)
+        others = [path for path in (self.newest, self.previous, self.best) if path.is_file()]
+        if not source or Path(source).resolve() not in [path.resolve() for path in others]:
+            _refuse_or_remove(others, overwrite, self.folder, self.rank)
+        _remove_partial(self.folder, self.rank)
+        return source, read(source) if source else {}
+
+    def save(self, checkpoint, best=None):
+        """Write `checkpoint` and, if given, `best` to model_best.pth.tar, on rank 0. Raises UserError."""
+        if self.rank.is_first:
+            if best is not None:  # first: a kill between the two leaves the epoch to be repeated
+                save(best, self.best)
+            save(checkpoint, self.newest, before=self.previous)
+
+    def finish(self):
+        """Remove the file that stays only while a run goes on."""
+        if self.rank.is_first:
+            self.previous.unlink(missing_ok=True)
+
+
+def _source(newest_first, resume, rank):
+    """The path that --resume names, or with "auto" the newest readable of the paths, or None."""
+    if resume != "auto":
+        return resume or None
+    found, damaged = None, []
+    if rank.is_first:
+        for path in newest_first:
+            try:
+                read(path)
+                found = str(path)
+                break
+            except UserError as error:
+                damaged.append(error.sentence)
+    found, damaged = rank.broadcast((found, damaged))
+    for sentence in damaged:
+        rank.print(f"warning: {sentence}; trying the one before")
+    if damaged and found is None:
+        raise UserError(
+            f"none of the {len(damaged)} checkpoints in --output-dir can be read; to start anew remove them, "
+            "or use --overwrite without --resume"
+        )
+    rank.print(f"--resume auto: {found or 'no checkpoint yet, a new run'}")
+    return found
+
+
+def _refuse_or_remove(others, overwrite, folder, rank):
+    """Raise UserError when the folder has checkpoints of another run, or with `overwrite` remove them."""
+    if others := rank.broadcast([str(path) for path in others]):
+        if not overwrite:
+            raise UserError(
+                f"--output-dir {folder} has checkpoints of another run, such as {Path(others[0]).name}: "
+                "continue it with --resume auto, choose another folder, or remove them with --overwrite"
+            )
+        if rank.is_first:
+            for path in others:
+                os.unlink(path)
+        rank.barrier()
+
+
+def _remove_partial(folder, rank):
+    """Remove what a killed run was writing (moco.files.atomic_file)."""
+    if rank.is_first:
+        for path in [*folder.glob(".checkpoint*.tmp"), *folder.glob(".model_best*.tmp")]:
+            path.unlink(missing_ok=True)
+
+
+def _position(path):
+    """(finished epochs, steps of the next one) by a checkpoint's name, or None."""
+    found = NAME.fullmatch(path.name)
+    if found is None:
+        return None
+    return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)
+
+
+def _unreadable(path, error):
+    """Why torch could not read a file: its own message advises to turn the protection off."""
+    with open(path, "rb") as file:
+        head = file.read(512).lstrip().lower()
+    if not head:
+        return f"{path} is empty; copy or download it again"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} is a web page, not a checkpoint; open it to read what the server answered"
+    calls = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
+    if calls:
+        return (
+            f"{path} holds more than tensors and plain values, so reading it could run code; refused "
+            f"({calls[0][:160]})"
+        )
+    text = first_line(error)
+    reason = "" if text.startswith("Weights only load failed") else f" ({text})"
+    return f"{path} is damaged or not a checkpoint of torch{reason}; copy or download it again"
+
+
+def _some(names, most=3):
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

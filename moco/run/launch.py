@@ -1,0 +1,389 @@
+"""The processes of a run: how they start, who each one is, and what they send each other.
+
+Every start comes down to the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE): a
+spawned process gets them from its parent. Without them a process is a world of one. Nothing outside this
+module, moco.run.signals and moco.shuffle asks whether a run is distributed.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import math
+import multiprocessing.connection
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from moco.errors import UserError, first_line, worker_death
+from moco.run.resources import available_cores
+from moco.run.signals import EXIT_CODE, SIGNALS, exit_on_signal
+
+TIMEOUT = 900.0  # seconds until a process that meets nobody gives up
+SILENCE = 20.0  # seconds of waiting before it says so
+GRACE = 5.0  # seconds that ranks get to end by themselves after one of them failed
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is. host_processes: how many of the run's processes share this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    host_processes: int
+    device: torch.device
+
+    @classmethod
+    def alone(cls, device="cpu"):
+        """The only process of a run."""
+        return cls(0, 1, 0, 1, 1, torch.device(device))
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    @property
+    def cores(self):
+        """This process's share of the machine's cores."""
+        return max(1, available_cores() // self.host_processes)
+
+    def loader_workers(self, workers):
+        """Loader workers of this process for --workers of the node; None: one for each of its cores."""
+        return self.cores if workers is None else math.ceil(workers / self.local_world_size)
+
+    def print(self, line):
+        """Print on rank 0."""
+        if self.is_first:
+            print(line, flush=True)
+
+    def broadcast(self, value):
+        """Rank 0's value of something picklable."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def all_gather(self, value):
+        """Every rank's value of something picklable, a list by rank."""
+        values = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
+    def all_reduce(self, tensor):
+        """The sum of `tensor` over all ranks; the tensor itself is changed and returned."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        """Wait for all ranks."""
+        self.broadcast(None)
+
+    def check_same(self, settings):
+        """Raise UserError on all ranks when the dict `settings` is not equal on all of them."""
+        everyone = self.all_gather(settings)
+        for rank, theirs in enumerate(everyone):
+            for name, value in theirs.items():
+                if value != everyone[0][name]:
+                    raise UserError(
+                        f"the processes were started differently: {name} is {everyone[0][name]} on rank 0 "
+                        f"and {value} on rank {rank}; give all nodes the same flags and code"
+                    )
+
+    def wrap(self, model, identical=()):
+        """DistributedDataParallel of `model` on this rank's device; in a world of one the model itself.
+
+        identical: names of buffers that all ranks compute alike, which need not be sent from rank 0 before
+        each forward pass as BatchNorm's are.
+        """
+        if self.world_size == 1:
+            return model
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(identical))
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+
+
+def launch(worker, args, *, nodes=-1, node_rank=-1, url=None, backend=None, spawn=False, gpu=None):
+    """Call `worker(rank, args)` in every process that belongs to this start of the program.
+
+    nodes, node_rank, url, backend, spawn, gpu: --world-size, --rank, --dist-url, --dist-backend,
+    --multiprocessing-distributed and --gpu. `worker` must be importable by name. Raises UserError.
+    """
+    _check_devices(backend, gpu)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if spawn or nodes != -1 or node_rank != -1 or url not in (None, "env://") or gpu is not None:
+            raise UserError(
+                "torchrun starts the processes and tells them where they meet: leave out "
+                "--multiprocessing-distributed, --world-size, --rank, --dist-url and --gpu"
+            )
+        _stop_with_parent()
+        return _run(worker, args, "env://", backend, None)
+    if url == "env://":
+        nodes = _from_environment("WORLD_SIZE") if nodes == -1 else nodes
+        node_rank = _from_environment("RANK") if node_rank == -1 else node_rank
+    nodes = max(nodes, 1)
+    if not spawn and nodes == 1:
+        return _run(worker, args, None, backend, gpu)
+    if gpu is not None and spawn:
+        raise UserError("--gpu names one GPU, --multiprocessing-distributed uses all; leave one of them out")
+    if not (0 <= node_rank < nodes or (nodes == 1 and node_rank == -1)):
+        raise UserError(
+            f"--world-size {nodes} needs --rank between 0 and {nodes - 1} on each node, not {node_rank}"
+        )
+    if nodes > 1 and url is None:
+        raise UserError(
+            "several nodes need --dist-url tcp://HOST:PORT with the address of the node of --rank 0"
+        )
+    url = url or f"tcp://127.0.0.1:{_free_port()}"
+    local = max(torch.cuda.device_count(), 1) if spawn else 1
+    first = max(node_rank, 0) * local
+    variables = [
+        {"RANK": first + i, "WORLD_SIZE": nodes * local, "LOCAL_RANK": i, "LOCAL_WORLD_SIZE": local}
+        for i in range(local)
+    ]
+    if local > 1:
+        return _spawn(worker, args, url, backend, variables)
+    if not spawn:  # a launcher of the user's own may have said which GPU this process has
+        given = {name: os.environ[name] for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ}
+        variables[0].update(given)
+    os.environ.update({name: str(value) for name, value in variables[0].items()})
+    return _run(worker, args, url, backend, gpu)
+
+
+def code_hash(package=PACKAGE):
+    """The start of a SHA-256 of all modules in the folder `package` and of the scripts beside it."""
+    digest = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), *package.parent.glob("main_*.py")]):
+        digest.update(str(path.relative_to(package.parent)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def failure_of(error):
+    """(UserError to report or None, whether it is the consequence of another process's failure).
+
+    error: an exception that ended this process's part of the run. None: unexpected, show its traceback.
+    """
+    text = str(error)
+    if isinstance(error, UserError):
+        return error, False
+    if death := worker_death(error):
+        return death, False
+    if re.search("Connection (closed|reset) by peer|ncclRemoteError", text):
+        return UserError("another process of the run ended; its message says why"), True
+    # gloo, after a wait that took too long
+    if found := re.search(
+        r"(?:gloo/transport/\S+\] |(?=Application timeout))(.*?)(?:\. This is|$)", text, re.DOTALL
+    ):
+        return UserError(
+            f"another process of the run does not answer ({found[1]}); its node, or the network between, has "
+            "failed"
+        ), True
+    return None, False
+
+
+def _run(worker, args, url, backend, gpu, report=None):
+    """Call the worker as one rank of the group at `url` (None: a world of one), then leave the group.
+
+    report: called with (UserError or None, is a consequence, traceback) before the group is left, which may
+    take its time when other ranks hang.
+    """
+    try:
+        rank = _join(url, backend, gpu)  # before our handlers: a signal during the meeting ends the process
+        with exit_on_signal():
+            worker(rank, args)
+    except Exception as error:
+        failure, is_consequence = failure_of(error)
+        if report:
+            report((failure, is_consequence, traceback.format_exc()))
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            dist.distributed_c10d._abort_process_group()  # destroying would wait for the other ranks
+        if failure in (None, error):
+            raise
+        raise failure from error
+    except SystemExit as stop:
+        _leave(stop)
+        raise
+    _leave()
+
+
+def _leave(stop=None):
+    if dist.is_initialized():
+        if stop:  # DistributedDataParallel, which frames of the traceback hold, goes before its group
+            traceback.clear_frames(stop.__traceback__)
+        dist.destroy_process_group()
+
+
+def _join(url, backend, gpu):
+    """Enter the process group at `url` (None: a world of one); this process's Rank."""
+    has_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if url else 0
+    index = gpu if gpu is not None else local_rank
+    if has_gpu and index >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own (of {torch.cuda.device_count()}); "
+            "start one process per GPU"
+        )
+    device = torch.device("cuda", index) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if url is None:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+        return Rank.alone(device)
+    missing = [
+        name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE") if name not in os.environ
+    ]
+    if url == "env://" and missing:
+        raise UserError(
+            f"--dist-url env:// needs the variables {', '.join(missing)}; set them or use torchrun"
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _meet(url, rank, world_size, local_world_size, backend or ("nccl" if has_gpu else "gloo"))
+    found = Rank(rank, world_size, local_rank, local_world_size, 1, device)
+    found.check_same({"torch": torch.__version__, "code": code_hash()})
+    sharing = found.all_gather(socket.gethostname()).count(socket.gethostname())
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, available_cores() // sharing))
+    return Rank(rank, world_size, local_rank, local_world_size, sharing, device)
+
+
+def _meet(url, rank, world_size, local_world_size, backend):
+    place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if url == "env://" else url
+    try:
+        with _said_after(SILENCE, f"rank {rank} of {world_size} is waiting for the others at {place}"):
+            store, *_ = next(dist.rendezvous(url, rank, world_size, timeout=timedelta(seconds=TIMEOUT)))
+            if world_size == local_world_size:
+                # torchrun keeps its store when it restarts the ranks, with what the dead ones left there
+                store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(
+                f"the port of {place} is in use; name another one in --dist-url (torchrun: --master-port)"
+            ) from error
+        raise UserError(
+            f"rank {rank} could not meet the others at {place} ({first_line(error)}); check address, port "
+            "and world size"
+        ) from error
+
+
+@contextlib.contextmanager
+def _said_after(seconds, line):
+    timer = threading.Timer(seconds, print, (line,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _spawn(worker, args, url, backend, variables):
+    failures = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    arguments = (worker, args, url, backend, variables, failures, os.getpid())
+    context = torch.multiprocessing.spawn(_spawned, arguments, len(variables), join=False)
+    try:
+        with _signals_passed_on(context.pids()):
+            while context.sentinels:
+                ended = multiprocessing.connection.wait(context.sentinels)
+                first = [context.sentinels[sentinel] for sentinel in ended]
+                context.join(grace_period=GRACE)
+    except torch.multiprocessing.ProcessExitedException as error:
+        reports = {}
+        while not failures.empty():
+            index, report = failures.get()
+            reports[index] = report
+        silent = [index for index in first if context.processes[index].exitcode and index not in reports]
+        # what one rank says of another's end comes last, also when the other said nothing
+        failure, is_consequence, text = min(
+            reports.values(), key=lambda report: report[1], default=(None, True, "")
+        )
+        if is_consequence and silent:
+            code = context.processes[silent[0]].exitcode
+            if code in (EXIT_CODE, 130):
+                raise SystemExit(code) from None
+            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise UserError(f"rank {silent[0]} died ({how}); the others were ended") from error
+        if failure:
+            raise failure from None
+        print(text, file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _spawned(index, worker, args, url, backend, variables, failures, parent):
+    os.environ.update({name: str(value) for name, value in variables[index].items()})
+    _stop_with_parent()
+    if os.getppid() != parent:  # it has ended already
+        return
+    try:
+        _run(worker, args, url, backend, None, report=lambda report: failures.put((index, report)))
+    except UserError as error:
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception:
+        raise SystemExit(1) from None  # reported
+
+
+@contextlib.contextmanager
+def _signals_passed_on(pids):
+    """The ranks decide what a signal to their parent means."""
+
+    def pass_on(number, _):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_with_parent():
+    """Have the kernel send SIGTERM, on which a run saves and stops, when this process's parent dies."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _from_environment(name):
+    """The whole number in the variable `name`, as --dist-url env:// reads WORLD_SIZE and RANK."""
+    if name not in os.environ:
+        raise UserError(
+            f"--dist-url env:// needs the variable {name}; set it, give the flag, or use torchrun"
+        )
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UserError(f"the variable {name} must be a whole number, not {os.environ[name]!r}") from None
+
+
+def _check_devices(backend, gpu):
+    if backend is not None and backend not in ("nccl", "gloo", "mpi", "ucc", "xccl"):
+        raise UserError(f"--dist-backend {backend} is not known; choose gloo or nccl, or leave it out")
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise UserError("--dist-backend nccl needs a GPU and there is none; use gloo, or leave the flag out")
+    if gpu is not None and not 0 <= gpu < torch.cuda.device_count():
+        raise UserError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,73 @@
+"""Stopping a run between two steps, on a signal that any of its ranks received."""
+
+import contextlib
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the run was stopped and can be continued
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME = (
+    1.0  # seconds within which a signal that arrives twice, from the terminal and from a parent, counts once
+)
+
+
+class StopRequest:
+    """Remembers the first of SIGNALS while the block runs; a second one ends the process at once.
+
+    rank: a moco.run.launch.Rank. `name`: of the signal, such as "SIGTERM", or None. Main thread only.
+    """
+
+    def __init__(self, rank):
+        self.rank, self.name = rank, None
+        # gloo also on GPUs: the question must not wait for the device
+        self._group = dist.new_group(backend="gloo") if rank.world_size > 1 else None
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _handle(self, number, _):
+        if self.name is None:
+            self.name, self._time = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._time > SAME:
+            os._exit(128 + number)
+
+    def requested(self):
+        """Whether any rank received a signal, the same answer on all ranks (collective: ask once per step).
+
+        In a world of one nothing is sent; otherwise it is an all-reduce of four bytes on the host.
+        """
+        if self._group is None:
+            return self.name is not None
+        flag = torch.tensor(self.name is not None, dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def exit(self, text):
+        """Print `text` with the signal's name on rank 0 and exit with EXIT_CODE, all ranks together."""
+        self.rank.print(f"{text} ({self.name or 'a signal to another rank'}); --resume auto continues")
+        self.rank.barrier()  # a rank that leaves early would end the others
+        raise SystemExit(EXIT_CODE)
+
+
+@contextlib.contextmanager
+def exit_on_signal():
+    """While the block runs outside a StopRequest, SIGTERM and SIGUSR1 exit with EXIT_CODE."""
+
+    def leave(*_):
+        raise SystemExit(EXIT_CODE)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

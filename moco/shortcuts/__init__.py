@@ -1,0 +1,1 @@
+"""Experiments on shortcuts: does IFM keep the features that InfoNCE suppresses?"""

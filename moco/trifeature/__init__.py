@@ -1,0 +1,202 @@
+"""The Trifeature data set (Hermann & Lampinen 2020, arXiv 2006.12433): a shape with a texture and a color.
+
+800 of the 1000 combinations are drawn in train/, the other 200 in val/, a folder each:
+train/triangle_solid_red/0.png. A readout of one factor is tested on combinations that training never showed.
+"""
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moco.errors import UserError
+from moco.files import atomic_folder
+from moco.progress import Progress
+from moco.trifeature.draw import COLORS, SHAPES, TEXTURES, render
+
+FACTORS = {"shape": tuple(SHAPES), "texture": tuple(TEXTURES), "color": tuple(COLORS)}
+COMBINATIONS = tuple(itertools.product(*FACTORS.values()))  # 1000 x (shape, texture, color)
+SETTINGS = "trifeature.json"  # beside train/ and val/: how the set was drawn
+VERSION = 1  # of the drawing: raised when the same settings give other pixels
+SIZES = range(16, 1025)  # pixels: a smaller shape is a blot; a larger image takes more than 1 GB to draw
+MOST_WORKERS = 16  # by default: more start-ups than they save
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def factor_of(folder_name, factor):
+    """Class index, 0 to 9, of one factor in the name of a folder, such as "triangle_solid_red".
+
+    `factor` is "shape", "texture" or "color". UserError if either name is none of Trifeature's.
+    """
+    if factor not in FACTORS:
+        raise UserError(f"Trifeature has no factor '{factor}'; choose one of {', '.join(FACTORS)}")
+    if not is_combination(folder_name):
+        raise UserError(
+            f"folder '{folder_name}' is not named shape_texture_color, as in triangle_solid_red; "
+            f"reading the {factor} needs the data set that python -m moco.trifeature draws"
+        )
+    return FACTORS[factor].index(folder_name.split("_")[list(FACTORS).index(factor)])
+
+
+def is_combination(folder_name):
+    """Whether the name of a folder is shape_texture_color."""
+    return tuple(folder_name.split("_")) in COMBINATIONS
+
+
+def held_out(seed):
+    """The 200 combinations for validation, as a set of (shape, texture, color); the seed chooses which.
+
+    The values of each factor are numbered at random, and the combinations whose numbers sum to 0 or 1
+    (mod 10) are held out: for any values of two factors these are two values of the third. So every value is
+    held out in exactly 20 of its 100 combinations, every pair of values in exactly 2 of its 10.
+    """
+    rng = _rng(seed)
+    numbers = [dict(zip(names, rng.permutation(10).tolist(), strict=True)) for names in FACTORS.values()]
+    return {
+        combination
+        for combination in COMBINATIONS
+        if sum(number[value] for number, value in zip(numbers, combination, strict=True)) % 10 < 2
+    }
+
+
+def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, force=False):
+    """Draw the data set into the folder `out`, which appears when it is complete. True if it was drawn, False
+    if `out` holds the set with these settings already.
+
+    Each image (RGB, `size` pixels square) depends on (size, seed, combination, render number) alone, not on
+    the number of processes, `workers` (default: one per core). `force` draws in any case, and replaces an
+    earlier Trifeature set. UserError for settings out of range, an `out` that holds something else, or one
+    that cannot be written.
+    """
+    settings = {"version": VERSION, "size": size, "renders": renders, "seed": seed}
+    workers = min(_cores(), MOST_WORKERS) if workers is None else min(workers, len(COMBINATIONS))
+    _check_settings(size, renders, seed, workers)
+    out = Path(out).resolve()
+    try:
+        if not force and _settings_of(out) == settings:
+            return False
+        _check_free(out, settings, force)
+        with atomic_folder(out, replace=force) as folder:
+            total, stream = renders * len(COMBINATIONS), None if progress else io.StringIO()
+            with Progress("drawing Trifeature", total, "images", stream=stream) as bar:
+                _draw_in_processes(folder, size, renders, seed, workers, bar)
+            (folder / SETTINGS).write_text(json.dumps(settings) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {out}: {reason}; make room or choose another place") from error
+    return True
+
+
+def ensure(out, size=128, renders=10, seed=0, progress=True):
+    """Draw the data set unless `out` holds a train/ already, of whatever settings; True if it was drawn.
+    Errors as in `generate`.
+
+    Safe in several processes at once: each draws in a folder of its own, the first to finish gives it the
+    name, and the others find it there.
+    """
+    train = Path(out) / "train"  # complete if it exists, for a set appears under its name as a whole
+    if train.is_dir():
+        return False
+    try:
+        return generate(out, size, renders, seed, progress=progress)
+    except UserError:
+        if train.is_dir():
+            return False
+        raise
+
+
+def _rng(seed, *position):
+    # numbers that depend on the seed and the position alone; PCG64 by name, for numpy's default may change
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=position)))
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_settings(size, renders, seed, workers):
+    if size not in SIZES:
+        raise UserError(f"--size must be from {SIZES[0]} to {SIZES[-1]} pixels, not {size}")
+    for name, value, least in (("seed", seed, 0), ("renders", renders, 1), ("workers", workers, 1)):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}")
+
+
+def _settings_of(out):
+    """How the set in the folder `out` was drawn: a dict, or None where there is none."""
+    try:
+        return dict(json.loads((out / SETTINGS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _check_free(out, settings, force):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / SETTINGS).is_file():
+        hint = ": --force does not delete it" if force else ""
+        raise UserError(
+            f"{out} exists and is no Trifeature set (it has no {SETTINGS}){hint}; choose another folder"
+        )
+    if not force:
+        there, asked = (
+            ", ".join(f"{name} {value}" for name, value in which.items())
+            for which in (_settings_of(out) or {}, settings)
+        )
+        raise UserError(
+            f"{out} holds a set drawn with {there or 'unknown settings'}; to replace it by one with {asked}, "
+            "add --force, or choose another folder"
+        )
+
+
+def _draw_in_processes(folder, size, renders, seed, workers, bar):
+    """Draw everything in `workers` processes, and count what they finish in `bar`.
+
+    Each is a fresh Python that imports this module alone: a fork would inherit the caller's threads, a spawn
+    would repeat its imports. Each draws every `workers`-th combination in order and prints a line for each,
+    so that waiting for the lines in turn waits for none too long. Ctrl-C does not reach them, as each has a
+    session of its own: this process ends them. When it is gone they end by themselves at the next line.
+    """
+    code = "import sys, moco.trifeature as t; t._draw_share(sys.argv[1], *map(int, sys.argv[2:]))"
+    command = [sys.executable, "-c", code, *map(str, (folder, size, renders, seed, workers))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = []
+    try:
+        for share in range(workers):
+            arguments = [*command, str(share)]
+            children.append(subprocess.Popen(arguments, cwd=PROJECT, start_new_session=True, **pipes))
+        for number in range(len(COMBINATIONS)):
+            child = children[number % workers]
+            if not child.stdout.readline():
+                said = child.stderr.read().strip()
+                raise OSError(said or f"a drawing process ended ({child.wait()})")
+            bar.update(renders)
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
+def _draw_share(folder, size, renders, seed, workers, share):
+    """Draw every `workers`-th combination from `share` on: what one of the processes does."""
+    validation = held_out(seed)
+    try:
+        for number in range(share, len(COMBINATIONS), workers):
+            combination = COMBINATIONS[number]
+            split = "val" if combination in validation else "train"
+            place = Path(folder, split, "_".join(combination))
+            place.mkdir(parents=True)
+            for index in range(renders):
+                png = io.BytesIO()  # Pillow forgets the reason when it fails to write to a file
+                pixels = render(*combination, size, _rng(seed, number, index))
+                Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+                (place / f"{index}.png").write_bytes(png.getvalue())
+            print(number, flush=True)
+    except OSError as error:
+        sys.exit(error.strerror)

@@ -1,0 +1,65 @@
+"""Base encoders: which architectures are taken, which image sizes, and further input channels."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from moco.encoders import base_encoder, check_image_size, on_meta_device
+from moco.errors import UserError
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "regnet_y_400mf", "shufflenet_v2_x0_5", "googlenet"])
+def test_an_encoder_gives_one_tensor_of_num_classes(arch):
+    network = base_encoder(arch)(num_classes=7)
+    assert isinstance(network.fc, nn.Linear)
+    assert network(torch.randn(2, 3, 96, 96)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("resnet5", "no classification model 'resnet5'; did you mean resnet50?"),
+        ("get_model", "no classification model 'get_model'"),
+        ("fcn_resnet50", "no classification model 'fcn_resnet50'"),
+        ("vit_b_16", "vit_b_16 has no last layer `fc`"),
+    ],
+)
+def test_other_architectures_are_refused(arch, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        base_encoder(arch)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("inception_v3", 64), ("googlenet", 8)])
+def test_too_small_images_are_refused(arch, size):
+    with pytest.raises(UserError, match=f"{arch} cannot take --image-size {size} "):
+        check_image_size(arch, size)
+    check_image_size(arch, 96)
+
+
+def test_checks_take_neither_memory_nor_random_numbers():
+    before = torch.get_rng_state()
+    check_image_size("regnet_x_400mf", 64)
+    network = on_meta_device(lambda: base_encoder("resnet50")(num_classes=1))
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet"])
+def test_further_channels_keep_the_weights_of_the_image(arch):
+    torch.manual_seed(0)
+    plain = base_encoder(arch)(num_classes=4)
+    torch.manual_seed(0)
+    wide = base_encoder(arch, extra_channels=2)(num_classes=4)
+    widened = {}
+    for name, tensor in plain.state_dict().items():
+        other = wide.state_dict()[name]
+        if other.shape == tensor.shape:
+            assert torch.equal(other, tensor), name
+        else:
+            widened[name] = other
+            assert torch.equal(other[:, :3], tensor)
+            assert other[:, 3:].std() == pytest.approx(tensor.std().item(), rel=0.1)
+    assert len(widened) == 1
+    assert next(iter(widened.values())).shape[1] == 5

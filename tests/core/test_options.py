@@ -1,0 +1,357 @@
+"""Command lines of both programs: what they mean, and wrong ones, which end in a sentence (exit code 2)."""
+
+import re
+
+import pytest
+import torch
+from command_lines import MOCO, SMALL, program
+from made_folders import make_folders
+from PIL import Image
+
+import main_lincls
+import main_moco
+from moco import options
+from moco.encoders import base_encoder
+from moco.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHARED_DEFAULTS = (
+    {"folder": None, "dataset": "imagenet100", "dataset_root": None, "image_size": 224, "workers": None}
+    | {"device_aug": None, "resize": None, "cache": None, "on_bad_image": "error"}
+    | {"arch": "resnet50", "start_epoch": 0, "batch_size": 256, "momentum": 0.9, "seed": None}
+    | {"fast": False, "amp": None, "channels_last": None, "compile": None}
+    | {"output_dir": ".", "resume": "", "overwrite": False, "print_freq": 10}
+    | {"multiprocessing_distributed": False, "world_size": -1, "rank": -1, "gpu": None}
+    | {"dist_url": None, "dist_backend": None}
+)
+PRETRAINING_DEFAULTS = (
+    SHARED_DEFAULTS
+    | {"epochs": 200, "lr": 0.03, "schedule": [120, 160], "weight_decay": 1e-4}
+    | {"moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "mlp": False, "aug_plus": False}
+    | {"cos": False, "method": None, "epsilon": None, "alpha": None, "crops_only": False, "bn_splits": 1}
+    | {"keep": 1, "save_freq": 0, "knn": 0, "tensorboard": False, "random_bits": 0}
+)
+LINEAR_DEFAULTS = (
+    SHARED_DEFAULTS
+    | {"epochs": 100, "lr": [30.0], "schedule": [60, 80], "weight_decay": 0.0}
+    | {"evaluate": False, "pretrained": "", "target": None}
+)
+
+
+def test_defaults_are_the_published_ones():
+    assert vars(options.pretraining([])) == PRETRAINING_DEFAULTS
+    assert vars(options.linear_evaluation([])) == LINEAR_DEFAULTS
+
+
+SPAWN = "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
+SPAWNED = {
+    "dist_url": "tcp://localhost:10001",
+    "multiprocessing_distributed": True,
+    "world_size": 1,
+    "rank": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "-a resnet50 --lr 0.8 --batch-size 512 --moco-m 0.99 --mlp --moco-t 0.2 --aug-plus --cos "
+            f"{SPAWN} --method ifm --epsilon 0.1 --dataset_root PATH/TO/DATA",
+            {"lr": 0.8, "batch_size": 512, "moco_m": 0.99, "mlp": True, "moco_t": 0.2, "aug_plus": True}
+            | {"cos": True, "method": "ifm", "epsilon": 0.1, "alpha": 1.0, "dataset_root": "PATH/TO/DATA"}
+            | SPAWNED,
+        ),
+        (
+            f"-a resnet50 --lr 0.03 --batch-size 256 {SPAWN} PATH/TO/IMAGENET",
+            {"folder": "PATH/TO/IMAGENET"} | SPAWNED,
+        ),
+        (
+            "--dataset-root R --dataset D --learning-rate 1 --wd 0 --schedule --method ifm_only -j 0",
+            {"dataset_root": "R", "dataset": "D", "lr": 1.0, "weight_decay": 0.0, "schedule": []}
+            | {"method": "ifm_only", "epsilon": 0.1, "alpha": 1.0, "workers": 0},
+        ),
+    ],
+)
+def test_published_pretraining_lines_mean_the_same(line, expected):
+    assert vars(options.pretraining(line.split())) == PRETRAINING_DEFAULTS | expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "--pretrained=model_best.pth.tar --lr 10.0 -b=128 --schedule 30 40 50 --epochs 60 "
+            "--dist-url=tcp://localhost:10001 --dataset_root=PATH/TO/DATA",
+            {"pretrained": "model_best.pth.tar", "lr": [10.0], "batch_size": 128, "schedule": [30, 40, 50]}
+            | {"epochs": 60, "dist_url": "tcp://localhost:10001", "dataset_root": "PATH/TO/DATA"},
+        ),
+        ("--lr 30 DIR", {"folder": "DIR"}),
+        ("DIR --lr 0.1 1 10", {"folder": "DIR", "lr": [0.1, 1.0, 10.0]}),
+        ("--lr 0.1 1 DIR --weight-decay 1e-6", {"folder": "DIR", "lr": [0.1, 1.0], "weight_decay": 1e-6}),
+    ],
+)
+def test_published_linear_lines_mean_the_same(line, expected):
+    assert vars(options.linear_evaluation(line.split())) == LINEAR_DEFAULTS | expected
+
+
+WRONG_FLAGS = {
+    options.pretraining: [
+        ("-b 0", "argument -b/--batch-size: must be at least 1, not 0"),
+        ("-b x", "argument -b/--batch-size: 'x' is not a whole number"),
+        ("-b 2.5", "'2.5' is not a whole number"),
+        ("--lr 0", "argument --lr/--learning-rate: must be above 0, not 0"),
+        ("--lr nan", "must be above 0, not nan"),
+        ("--lr inf", "must be above 0, not inf"),
+        ("--epochs 0", "--epochs: must be at least 1"),
+        ("--start-epoch 7 --epochs 7", "--start-epoch 7 leaves nothing of --epochs 7"),
+        ("--schedule 10 -1", "--schedule: must be at least 0, not -1"),
+        ("--momentum -1", "--momentum: "),
+        ("--wd inf", "must be at least 0, not inf"),
+        ("--workers -1", "-j/--workers: "),
+        ("-p 0", "-p/--print-freq: must be at least 1"),
+        ("--seed -1", "--seed: "),
+        ("--seed 9223372036854775808", "--seed: must be between 0 and 9223372036854775807"),
+        ("--image-size 7", "--image-size: must be at least 8"),
+        ("--moco-dim 0", "--moco-dim: must be at least 1"),
+        ("--moco-k 0", "--moco-k: must be at least 1"),
+        ("--moco-m 1.5", "--moco-m: must be between 0 and 1, not 1.5"),
+        ("--moco-t 0", "--moco-t: must be above 0"),
+        ("--bn-splits 0", "--bn-splits: must be at least 1"),
+        ("--random-bits 64", "--random-bits: must be between 0 and 63"),
+        ("--random-bits 2 --knn 1", "--knn evaluates images without --random-bits"),
+        ("--epsilon 0.1", "add --method ifm"),
+        ("--alpha 1", "add --method ifm"),
+        ("--method ifm --epsilon=-1", "--epsilon: must be at least 0"),
+        ("--method ifm --alpha nan", "--alpha: must be at least 0"),
+        ("--method ifm_only --alpha 1", "ifm_only has one loss"),
+        ("--method other", "invalid choice: 'other'"),
+        ("--crops-only --aug-plus", "give one of the two"),
+        ("--cache decoded --on-bad-image skip", "leave --cache out"),
+        ("--resume missing.pth.tar", "there is no file missing.pth.tar"),
+        ("--resume auto --overwrite", "give one of the two"),
+        ("--batch 8", "unrecognized arguments: --batch"),
+        ("A B", "unrecognized arguments: B"),
+        ("--moco-k", "expected one argument"),
+        ("--decoder pillow", "--decoder is gone: simplejpeg is used when it is installed"),
+        ("--recolor", "--recolor is gone: "),
+        ("--cache files", "--cache: files is gone: .* leave it out"),
+        ("--cache device", "--cache: device is gone: use decoded"),
+        ("--cache ram", "'ram' is not decoded"),
+        ("--device-aug float", "--device-aug: float is gone: use exact"),
+        ("--device-aug gpu", "'gpu' is not exact or off"),
+    ],
+    options.linear_evaluation: [
+        ("--lr 0", "argument --lr/--learning-rate: must be above 0, not 0"),
+        ("--lr 1 1.0", "1 is given twice"),
+        ("--lr 1 x 2", "'x' is not a number"),
+        ("--lr DIR", "expected a number before the folder"),
+        ("A --lr 1 B", "'B' is not a number"),
+        ("-e", "--evaluate needs the classifier to validate: --resume model_best.pth.tar"),
+        ("--target size", "invalid choice: 'size'"),
+        ("--moco-k 9", "unrecognized arguments"),
+        ("--decoder", "--decoder is gone"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("parse", "line", "message"), [(parse, *case) for parse, cases in WRONG_FLAGS.items() for case in cases]
+)
+def test_wrong_flags_are_a_sentence(parse, line, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse(line.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_program_prints_the_sentence():
+    run = program("main_moco.py", "-b", "0")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "main_moco.py: error: argument -b/--batch-size: must be at least 1, not 0\n"
+
+
+@pytest.mark.parametrize("parse", [options.pretraining, options.linear_evaluation])
+def test_help_is_narrow_and_says_the_defaults(parse, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert max(map(len, shown.splitlines())) < 80
+    for group in ("data:", "training:", "speed (", "run (", "processes ("):
+        assert f"\n{group}" in shown
+    text = " ".join(shown.split())
+    assert "ROOT/DATASET, by default ROOT/imagenet100" in text
+    assert "(default: 256)" in text and "(default: resnet50)" in text
+    described = shown.split("\ndata:")[1]
+    for name in vars(parse([])):
+        assert name == "folder" or f"--{name.replace('_', '-')}" in described, name
+    assert "--decoder" not in shown and "--recolor" not in shown
+
+
+def test_flags_left_open_follow_the_device(monkeypatch):
+    def resolved(line, device=CPU):
+        args = options.pretraining(line.split())
+        options.resolve(args, device)
+        return args.amp, args.channels_last, args.compile, args.device_aug, args.resize
+
+    assert resolved("") == (None, False, False, "off", "pil")
+    assert resolved("--device-aug exact") == (None, False, False, "exact", "torch")
+    assert resolved("--device-aug exact --resize pil") == (None, False, False, "exact", "pil")
+    assert resolved("--fast") == (None, True, False, "off", "pil")
+    assert resolved("--fast --bn-splits 8") == (None, False, False, "off", "pil")
+    assert resolved("--fast --no-channels-last") == (None, False, False, "off", "pil")
+    with pytest.raises(UserError, match="--amp bf16 needs a GPU"):
+        resolved("--amp bf16")
+
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    assert resolved("", CUDA) == (None, False, False, "exact", "torch")
+    assert resolved("--fast --bn-splits 8", CUDA) == ("bf16", True, True, "exact", "torch")
+    assert resolved("--fast --no-compile --amp fp16", CUDA) == ("fp16", True, False, "exact", "torch")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(UserError, match="Tesla V100 has no bf16; use --amp fp16"):
+        resolved("--fast", CUDA)
+
+
+def test_a_compiler_that_is_missing_is_said(monkeypatch):
+    def fail(function):
+        raise RuntimeError("InvalidCxxCompiler: no g++\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match=r"--compile does not work here \(InvalidCxxCompiler: no g\+\+\); it"):
+        options.resolve(options.pretraining(["--compile"]), CPU)
+
+
+def test_layout_changes_no_name_and_no_value():
+    args = options.pretraining(["--channels-last"])
+    options.resolve(args, CPU)
+    assert options.speed(args) == "encoders in float32, channels_last"
+    network = base_encoder("resnet18")(num_classes=4)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    options.prepare(args, network)
+    assert network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert list(network.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_settings_are_what_decides_the_numbers():
+    def settings(line):
+        args = options.pretraining(line.split())
+        options.resolve(args, CPU)
+        return options.settings(args, seed=4)
+
+    plain = settings("")
+    assert plain["seed"] == 4 and plain["resize"] == "pil"
+    assert (
+        settings("A -j 3 -p 1 --keep 4 --knn 1 --output-dir X --cache decoded --dist-backend gloo") == plain
+    )
+    for flag in (
+        "--lr 1",
+        "--mlp",
+        "-b 8",
+        "--epochs 3",
+        "--device-aug exact",
+        "--method ifm",
+        "--bn-splits 2",
+    ):
+        assert settings(flag) != plain
+
+
+def test_notes_say_what_to_expect():
+    def notes(line, images, groups):
+        lines = options.notes(options.pretraining(line.split()), images, groups)
+        assert max(map(len, lines)) <= 80
+        return "\n".join(lines)
+
+    assert notes("", 126_689, 8).startswith("loss at chance: ln(1+K) = 11.0904\n")
+    assert ", with IFM 11.5" in notes("--method ifm --moco-t 0.2", 126_689, 8)
+    assert "--bn-splits 8" in notes("", 126_689, 1) and "--bn-splits" not in notes("", 126_689, 8)
+    assert "lower --moco-k" in notes("", 4_000, 8) and "lower --moco-k" not in notes("", 126_689, 8)
+
+
+# What the programs refuse before training, after the flags themselves.
+WRONG_USE = {
+    main_moco: [
+        ("", "where are the images?"),
+        ("missing", "there is no folder missing"),
+        ("DATA --dataset_root DATA", "give either DIR .* or --dataset_root, not both"),
+        ("--dataset_root DATA", "there is no folder .*imagenet100"),
+        ("DATA -a resnet5", "no classification model 'resnet5'; did you mean resnet50?"),
+        ("DATA -a vit_b_16", "vit_b_16 has no last layer `fc`"),
+        ("DATA -a inception_v3 --image-size 64", "inception_v3 cannot take --image-size 64 "),
+        ("DATA -b 25", "has 24 images, fewer than a step's 25"),
+        ("DATA --bn-splits 3", "3 equal groups"),
+        ("DATA --bn-splits 8", "at least 2 images"),
+        ("DATA --amp bf16", "--amp bf16 needs a GPU"),
+        ("DATA --resume DATA/train/ant/0.jpg", "not a checkpoint"),
+        ("DATA --output-dir DATA/train/ant/0.jpg", "cannot write to --output-dir"),
+        ("DATA --dist-backend nccl", "nccl needs a GPU"),
+        ("DATA --dist-backend tcp", "--dist-backend tcp is not known"),
+        ("DATA --gpu 0", "this machine has 0 GPUs"),
+        ("DATA --world-size 2", "needs --rank between 0 and 1"),
+        ("DATA --world-size 2 --rank 0", "several nodes need --dist-url"),
+        ("DATA --world-size 2 --rank 2 --dist-url tcp://127.0.0.1:1", "needs --rank between 0 and 1"),
+        ("DATA --dist-url env://", "needs the variable.? WORLD_SIZE"),
+        ("DATA --multiprocessing-distributed --world-size 1 --rank 1", "needs --rank between 0 and 0"),
+    ],
+    main_lincls: [
+        ("", "where are the images?"),
+        ("DATA -a googlenet --image-size 8", "googlenet cannot take --image-size 8 "),
+        ("DATA --pretrained missing.pth.tar", "missing.pth.tar"),
+        ("DATA --pretrained DATA/val/ant/0.jpg", "not a checkpoint"),
+        ("DATA --target shape", "is not named shape_texture_color"),
+        ("DATA --output-dir DATA/train/ant/0.jpg", "cannot write to --output-dir"),
+    ],
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sentences are those of a machine without a GPU")
+@pytest.mark.parametrize(
+    ("script", "line", "message"), [(script, *case) for script, cases in WRONG_USE.items() for case in cases]
+)
+def test_wrong_use_is_a_sentence(script, line, message, folders, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("DATA", str(folders)) for word in line.split()]
+    code, _, errors = cli(script.main, *(MOCO if script is main_moco else SMALL), *words)
+    assert code == 2, errors
+    assert re.search(message, errors), errors
+    assert errors.count("\n") == 1 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("script", [main_moco, main_lincls])
+def test_batches_beyond_the_memory_are_said(script, folders, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(script, "check_image_size", lambda arch, size: None)  # no network can be tried at it
+    words = [*(MOCO if script is main_moco else SMALL), "--image-size", "100000", "-b", "24", folders]
+    code, _, errors = cli(script.main, *words, "--output-dir", tmp_path)
+    assert code == 2 and errors.count("\n") == 1, errors
+    assert re.search(r"GB of memory .*; lower", errors), errors
+
+
+def test_incomplete_folders_are_said(tmp_path, cli):
+    def errors_of(*words):
+        code, _, errors = cli(main_moco.main, *MOCO, *words, tmp_path, "--output-dir", tmp_path / "out")
+        assert code == 2 and errors.count("\n") == 1
+        return errors
+
+    assert "has no folder train/" in errors_of()
+    (tmp_path / "train").mkdir()
+    assert "is not complete" in errors_of()
+    make_folders(tmp_path / "good", classes=("ant",))
+    (tmp_path / "train").rmdir()
+    (tmp_path / "good" / "train").rename(tmp_path / "train")
+    (tmp_path / "train" / "bee").mkdir()
+    assert "bee" in errors_of()
+    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "bee" / "0.png")
+    (tmp_path / "train" / "bee" / "1.jpg").write_text("no image")
+    for workers in ("0", "2"):
+        assert "bee/1.jpg cannot be read as an image" in errors_of("--workers", workers)
+
+
+def test_a_number_that_is_none_in_the_environment_is_said(folders, tmp_path, cli, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = cli(main_moco.main, *MOCO, folders, "--output-dir", tmp_path, "--dist-url", "env://")
+    assert code == 2
+    assert "RANK must be a whole number, not 'x'" in errors

@@ -1,0 +1,101 @@
+"""Pixels of odd and damaged image files, with and without simplejpeg."""
+
+import io
+
+import numpy as np
+import pytest
+from odd_images import DAMAGED, ODD, encoded, photograph
+from PIL import Image
+
+from moco.data import decode
+from moco.data.decode import decoder_name, image_size, read_pixels
+from moco.errors import UserError, printable
+
+
+@pytest.fixture(params=["pillow", "simplejpeg"])
+def decoder(request, monkeypatch):
+    """Tests run with each decoder."""
+    if request.param == "pillow":
+        monkeypatch.setattr(decode, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+    assert decoder_name() == request.param
+
+
+def as_published(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_images_are_what_imagefolder_gives(tmp_path, name, decoder):
+    path = tmp_path / "image"  # what is in a file counts, not its name
+    path.write_bytes(ODD[name]())
+    pixels = read_pixels(path)
+    assert pixels.shape == ((1, 1, 3) if name == "1 x 1" else (61, 90, 3))
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, as_published(path.read_bytes()))
+    assert image_size(path) == pixels.shape[1::-1]
+
+
+def test_simplejpeg_is_used_for_jpeg_files_in_color(monkeypatch):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    used = []
+    real = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data: used.append(data) or real(data))
+    for name in ("RGB", "progressive", "CMYK", "gray JPEG", "gray PNG"):
+        decode.decode(ODD[name]())
+    assert used == [ODD["RGB"](), ODD["progressive"]()]
+
+
+def test_sixteen_bits_keep_the_high_byte(tmp_path, decoder):
+    """A ramp over all 65536 values stays a ramp; PIL's own conversion makes it white."""
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    gray = np.repeat((ramp // 256).astype(np.uint8)[:, :, None], 3, axis=2)
+    big_endian = Image.frombytes("I;16B", (256, 256), ramp.astype(">u2").tobytes())
+    for image, kind in ((Image.fromarray(ramp), "PNG"), (Image.fromarray(ramp), "PPM"), (big_endian, "TIFF")):
+        data = encoded(image, kind)
+        assert np.array_equal(decode.decode(data), gray)
+        assert as_published(data).mean() > 250
+    for pixels in (ramp.astype(np.float32) / 65536, ramp.astype(np.int32)):
+        path = tmp_path / "deep.tiff"
+        path.write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
+        with pytest.raises(UserError, match=r"deep\.tiff cannot be read as an image .*32 bits a pixel"):
+            read_pixels(path)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_named_in_the_same_words_by_both_decoders(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(DAMAGED[name]())
+    said = set()
+    for simplejpeg in {None, decode.simplejpeg}:
+        monkeypatch.setattr(decode, "simplejpeg", simplejpeg)
+        with pytest.raises(UserError, match=r"cannot be read as an image") as caught:
+            read_pixels(path)
+        assert str(path) in caught.value.sentence
+        assert str(caught.value) == caught.value.sentence, "one line"
+        said.add(caught.value.sentence)
+    assert len(said) == 1
+    assert " at 0x" not in said.pop(), "and the same on every run"
+
+
+def test_missing_files_are_named(tmp_path):
+    for read in (read_pixels, image_size):
+        with pytest.raises(UserError, match=r"gone\.jpg cannot be read"):
+            read(tmp_path / "gone.jpg")
+
+
+def test_names_of_any_bytes(tmp_path):
+    name = b"caf\xe9\n.jpg"
+    path = bytes(tmp_path) + b"/" + name
+    with open(path, "wb") as file:
+        file.write(encoded(photograph()))
+    text = str(next(tmp_path.iterdir()))  # as a listing of the folder gives it
+    assert read_pixels(text).shape == (61, 90, 3)
+    with open(path, "wb") as file:
+        file.write(b"no image")
+    with pytest.raises(UserError) as caught:
+        read_pixels(text)
+    assert caught.value.sentence.startswith(rf"{tmp_path}/caf\udce9\n.jpg cannot be read as an image")
+    caught.value.sentence.encode("utf-8")  # under a strict locale
+    assert printable("übung 3.jpg") == "übung 3.jpg"

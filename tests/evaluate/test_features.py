@@ -1,0 +1,69 @@
+"""Statistics of features against loops, and the backbone of a checkpoint with its features."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moco.builder import MoCo
+from moco.data.folders import image_folder
+from moco.data.loader import ValidationLoader
+from moco.encoders import base_encoder
+from moco.errors import UserError
+from moco.evaluate.features import backbone, backbone_of, features_of, similarities
+
+ARCH = "shufflenet_v2_x0_5"
+
+
+def test_similarities_are_those_of_loops():
+    torch.manual_seed(0)
+    N, C, K = 7, 5, 11
+    q, k, queue = (nn.functional.normalize(torch.randn(n, C).double(), dim=1) for n in (N, N, K))
+
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+    def squared(a, b):
+        return sum((x - y) ** 2 for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+    pairs = [(i, j) for j in range(N) for i in range(j)]
+    expected = {
+        "pos_similarity": sum(dot(q[i], k[i]) for i in range(N)) / N,
+        "neg_similarity": sum(dot(q[i], key) for i in range(N) for key in queue) / (N * K),
+        "alignment": sum(squared(q[i], k[i]) for i in range(N)) / N,
+        "uniformity": math.log(sum(math.exp(-2 * squared(q[i], q[j])) for i, j in pairs) / len(pairs)),
+    }
+    found = similarities(q, k, queue.T.mean(dim=1))
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-12)
+    other = similarities(q, k.roll(1, 0), queue.T.roll(1, 0).mean(dim=1))
+    differ = {name for name in expected if other[name].item() != pytest.approx(expected[name], rel=1e-3)}
+    assert differ == {"pos_similarity", "neg_similarity", "alignment"}  # negative control
+
+
+def test_the_backbone_of_a_checkpoint_is_its_query_encoder(folders, tmp_path):
+    torch.manual_seed(1)
+    model = MoCo(base_encoder(ARCH), 8, 16, mlp=True)
+    with torch.no_grad():
+        for parameter in model.encoder_k.parameters():
+            parameter.add_(1)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 3, "arch": ARCH, "state_dict": state}, tmp_path / "c.pth.tar")
+    network, checkpoint = backbone_of(tmp_path / "c.pth.tar")
+    assert checkpoint["arch"] == ARCH and checkpoint["epoch"] == 3 and not network.training
+
+    images = image_folder(folders, "val")
+    loader = ValidationLoader(images, size=32, batch_size=4)
+    features, targets = features_of(network, loader, "cpu")
+    encoder = model.encoder_q.eval()
+    encoder.fc = nn.Identity()
+    expected, _ = features_of(encoder, loader, "cpu")
+    assert features.shape == (9, 1024) and targets.tolist() == images.targets
+    assert torch.equal(features, expected)
+    other, _ = features_of(backbone(ARCH).eval(), loader, "cpu")
+    assert not torch.allclose(features, other)  # negative control
+
+    with pytest.raises(UserError, match="resnet18"):
+        backbone_of(tmp_path / "c.pth.tar", "resnet18")
+    with pytest.raises(UserError, match="nowhere"):
+        backbone_of(tmp_path / "nowhere")
