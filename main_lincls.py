@@ -5,6 +5,10 @@ python main_lincls.py --lr 1 3 10 30 --pretrained ...   a classifier for each va
 python main_lincls.py --evaluate --resume model_best.pth.tar ...   validates a classifier
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported: moco/run/README.md, "Threads"
+
 import math
 from pathlib import Path
 

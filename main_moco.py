@@ -5,6 +5,10 @@ python main_moco.py --multiprocessing-distributed --world-size 1 --rank 0 ...  o
 torchrun --nproc_per_node 8 main_moco.py ...   the same, on any number of nodes
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported: moco/run/README.md, "Threads"
+
 import math
 from functools import partial
 
