@@ -19,8 +19,9 @@ from torch import nn
 from moco import options, seeds, zoo
 from moco.data.augment import linear_train
 from moco.data.cache import decoded_cache
+from moco.data.decode import decoder_name
 from moco.data.device import DeviceAugment, normalize
-from moco.data.folders import data_folder, labelled_folders, paths_of
+from moco.data.folders import data_folder, labeled_folders, paths_of
 from moco.data.loader import TrainLoader, ValidationLoader, batch_per_process
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
@@ -30,6 +31,7 @@ from moco.run.checkpoint import (
     LinearCheckpoints,
     check_arch,
     check_compatible,
+    check_linear,
     encoder_state,
     load_strictly,
     read,
@@ -44,7 +46,7 @@ def main():
     check_image_size(args.arch, args.image_size)
     make_output_folder(args.output_dir)
     args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
-    labelled_folders(args.folder, args.target)  # fails before any process is started
+    labeled_folders(args.folder, args.target)  # fails before any process is started
     if args.pretrained and not Path(args.resume).is_file():  # the checkpoint to resume has the features too
         args.pretrained = str(zoo.resolve(args.pretrained))  # downloads a released model
     launch(evaluate, args, **options.processes(args))
@@ -55,12 +57,16 @@ def evaluate(rank, args):
     checkpoints = LinearCheckpoints(args.output_dir, rank)
     if args.evaluate and args.resume != "auto":
         resumed, checkpoint = args.resume, read(args.resume)  # no file of --output-dir is touched
+        check_linear(checkpoint, resumed)
     else:
         resumed, checkpoint = checkpoints.load(args.resume, args.overwrite)  # None and {} for a new run
     if args.evaluate and not resumed:
         raise UserError(
             "--evaluate finds no classifier in --output-dir; name it: --resume model_best.pth.tar"
         )
+    if args.resume == "auto" and not args.evaluate and checkpoint.get("epoch", 0) >= args.epochs:
+        rank.print(f"all {args.epochs} epochs are finished")
+        return
     seed = rank.broadcast(seeds.run_seed(args.seed, checkpoint))
     source = resumed or args.pretrained
     if source and not resumed:
@@ -70,7 +76,7 @@ def evaluate(rank, args):
     settings = options.settings(args, seed)
 
     # Data. Every random number of a view is a function of (seed, epoch, index): moco/data/README.md
-    images, val_images, classes = labelled_folders(args.folder, args.target)
+    images, val_images, classes = labeled_folders(args.folder, args.target)
     rank.check_same(settings | {"images": len(images), "classes": classes, "checkpoint": source})
     in_workers = args.device_aug == "off"  # where flips are made
     loading = {
@@ -116,14 +122,12 @@ def evaluate(rank, args):
     )
     rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {options.speed(args)}")
     rank.print(loader.transport)
-    rank.print(augment)
+    rank.print(f"JPEG files are decoded by {decoder_name()}")
     rank.print(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
     if args.evaluate:
         accuracies, _ = validate(backbone, probes, val_loader, rank, args, shown=0)
         rank.print(results.accuracy_line(accuracies, 0))
         return
-    if len(lrs) > 1:
-        rank.print(f"{len(lrs)} classifiers; steps show the best so far, at first --lr {lrs[0]:g}")
 
     optimizer = linear.sgd(probes, lrs, args.momentum, args.weight_decay)
     first_epoch = args.start_epoch
@@ -132,6 +136,8 @@ def evaluate(rank, args):
     if resumed:
         check_compatible(checkpoint, source, data, settings, rank)
         first_epoch = linear.restore(checkpoint, source, probes, optimizer, results, args.epochs)
+    if len(lrs) > 1:
+        rank.print(f"{len(lrs)} classifiers; steps show the best so far, now --lr {lrs[results.leader]:g}")
     frozen = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     ddp = rank.wrap(probes)
 
@@ -142,7 +148,12 @@ def evaluate(rank, args):
             set_learning_rates(optimizer, epoch, args)
             meters = Meters(f"Epoch: [{epoch}]", len(loader), rank, shown=results.leader)
             if not train_one_epoch(backbone, ddp, optimizer, loader, augment, meters, log, stop, epoch, args):
-                stop.exit(f"stopped in epoch {epoch}, from whose start a resumed run continues")
+                saved = (
+                    f"--resume auto continues from epoch {epoch}"
+                    if results.best[1]
+                    else "nothing is saved yet"
+                )
+                stop.exit(f"stopped in epoch {epoch}", saved)
             losses = linear.mean_losses(meters, rank)
             for line in results.check_finite(epoch, losses):
                 rank.print(line)
@@ -157,11 +168,11 @@ def evaluate(rank, args):
             entries |= {"seed": seed, "settings": settings, "data": data}
             model_best = linear.checkpoint_of(best, backbone, probes, optimizer, results) | entries
             newest = linear.checkpoint_of_all(backbone, probes, optimizer, results) | entries
+            if rank.is_first:
+                results.write(Path(args.output_dir) / "linear.json", seed)
             checkpoints.save(newest, model_best if improved else None)
             if stop.requested() and epoch + 1 < args.epochs:
-                stop.exit(f"stopped after epoch {epoch}, saved {checkpoints.newest}")
-    if rank.is_first:
-        results.write(Path(args.output_dir) / "linear.json", seed)
+                stop.exit(f"stopped after epoch {epoch}", f"--resume auto continues from epoch {epoch + 1}")
     rank.print(results.table())
     checkpoints.finish()
 

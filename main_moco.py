@@ -18,6 +18,7 @@ from moco import losses, options, seeds
 from moco.builder import MoCo
 from moco.data.augment import pretraining
 from moco.data.cache import decoded_cache
+from moco.data.decode import decoder_name
 from moco.data.device import DeviceAugment
 from moco.data.experiments import RandomBits
 from moco.data.folders import data_folder, image_folder, paths_of
@@ -47,6 +48,9 @@ def pretrain(rank, args):
     """Train in one process of the run, from the newest checkpoint (or the start) to the last epoch."""
     checkpoints = Checkpoints(args.output_dir, rank, args.keep, args.save_freq)
     source, checkpoint = checkpoints.load(args.resume, args.overwrite)  # None and {} for a new run
+    if args.resume == "auto" and checkpoint.get("epoch", 0) >= args.epochs:
+        rank.print(f"all {args.epochs} epochs are finished")
+        return
     check_arch(checkpoint, args.arch, source)
     seed = rank.broadcast(seeds.run_seed(args.seed, checkpoint))
     options.resolve(args, rank.device)
@@ -93,17 +97,18 @@ def pretrain(rank, args):
     scaler = torch.amp.GradScaler(rank.device.type, enabled=args.amp == "fp16")
 
     # Resume
-    epoch, step, sums = args.start_epoch, 0, {}
+    first_epoch, step, sums = args.start_epoch, 0, {}
     groups = rank.world_size * args.bn_splits
     data = {"images": len(images), "global_batch": loader.global_batch, "batchnorm_groups": groups}
     if checkpoint:
         check_compatible(checkpoint, source, data, settings, rank)
-        epoch, step = restore(checkpoint, source, model, optimizer, scaler, args.epochs)
+        first_epoch, step = restore(checkpoint, source, model, optimizer, scaler, args.epochs)
+        # of a stop within an epoch; "noted" is of files of earlier versions
         sums = checkpoint.get("log", {}) | checkpoint.get("noted", {}) if step else {}
 
     rank.print(f"{len(images)} images of {printable(args.folder)}")
     rank.print(f"{len(loader)} steps of {loader.global_batch} images an epoch, {loader.transport}")
-    rank.print(augment)
+    rank.print(f"{augment}; JPEG files are decoded by {decoder_name()}")
     if args.random_bits:
         augment = RandomBits(args.random_bits, seed, augment)
     rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {options.speed(args)}")
@@ -111,29 +116,34 @@ def pretrain(rank, args):
         rank.print(line)
 
     chance = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)
-    start = {"epoch": epoch, "step": step, "steps": len(loader), "settings": settings, "chance": chance}
+    start = {"epoch": first_epoch, "step": step, "steps": len(loader), "settings": settings, "chance": chance}
     log = RunLog(args.output_dir, "log.jsonl", rank, tensorboard=args.tensorboard, **start, **data)
     entries = {"arch": args.arch, "seed": seed, "settings": settings, "data": data}  # of every checkpoint
     with log, StopRequest(rank) as stop:  # SIGTERM, SIGINT, SIGUSR1: save after the step, exit code 75
-        for epoch in range(epoch, args.epochs):  # noqa: B020, from the epoch to continue
+        for epoch in range(first_epoch, args.epochs):
             set_learning_rate(optimizer, epoch, args)
             meters = Meters(f"Epoch: [{epoch}]", len(loader), rank, step, sums)
             step = train_one_epoch(
                 ddp, model, optimizer, scaler, loader, augment, meters, log, stop, epoch, seed, args
             )
             finished = step == len(loader)
-            place = {"epoch": epoch + 1, "step": 0} if finished else {"epoch": epoch, "step": step}
-            path = checkpoints.save(model, optimizer, scaler, **place, **entries, log=meters.state_dict())
+            next_epoch, next_step = (epoch + 1, 0) if finished else (epoch, step)
+            entries["log"] = meters.state_dict()
+            path = checkpoints.save(model, optimizer, scaler, epoch=next_epoch, step=next_step, **entries)
             if finished:
                 means = meters.means() | {"lr": optimizer.param_groups[0]["lr"]}
                 speed, left = f"{means['images_per_s']:.0f} images/s", log.time_left(epoch, args.epochs)
                 loss, lr = f"loss {means['loss']:.4f}", f"lr {means['lr']:.3g}"
-                rank.print(f"epoch {epoch}: {loss}, {lr}, {speed}, {left} of the run left")
-                fill = queue_fill(epoch, step, loader, args)
-                log.epoch(epoch, **means, queue_fill=fill, **knn(epoch, model.encoder_q))
+                rank.print(f"epoch {epoch}: {loss}, {lr}, {speed}, run: {left} left")
+                numbers = means | {"queue_fill": queue_fill(epoch, step, loader, args)}
+                try:
+                    numbers |= knn(epoch, model.encoder_q)
+                finally:
+                    log.epoch(epoch, **numbers)
             if stop.requested() and not (finished and epoch + 1 == args.epochs):
                 stop.exit(
-                    f"stopped in epoch {epoch} after {step} of {len(loader)} steps, saved {printable(path)}"
+                    f"stopped in epoch {epoch} after {step} of {len(loader)} steps",
+                    f"saved {printable(path)}; continue with --resume auto",
                 )
             step, sums = 0, {}
         checkpoints.finish()

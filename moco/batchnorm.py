@@ -50,10 +50,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return y.reshape(N, C, H, W)
 
     def _by_formula(self, x):
-        """The same as formulas, which a compiler joins into two passes in any layout of x.
+        """The same by formulas, which a compiler fuses into two passes for any memory format of x.
 
-        Eager kernels take the groups for channels, and so need them beside each other in memory: with
-        channels_last that costs a copy.
+        Eager kernels treat the groups as channels, which must be adjacent in memory: with channels_last that
+        costs a copy.
         """
         groups = x.unflatten(0, (-1, self.splits))  # n x splits x C x H x W
         groups = groups if x.dtype == torch.float64 else groups.float()

@@ -19,7 +19,7 @@ class MoCo(nn.Module):
 
     base_encoder: a callable that takes `num_classes` and returns a network that ends in the Linear `fc`
     dim: C, the length of a feature
-    K: how many keys the queue holds
+    K: number of keys in the queue
     m: momentum of the key encoder
     T: temperature
     mlp: give each encoder MoCo v2's hidden layer, Linear(d, d) and ReLU, before `fc`

@@ -19,8 +19,8 @@ WITH_AUXILIARY_HEADS = {
 def base_encoder(arch, extra_channels=0):
     """A callable `(num_classes) -> network` with random weights for the torchvision name `arch`.
 
-    extra_channels: further input channels beside the image's three. The weights for the image are those of
-    the network without them; the others are drawn afterwards, normal with the same standard deviation.
+    extra_channels: input channels after the image's three. The weights for the image are those of the network
+    without them; the others are drawn afterwards, normal with the same standard deviation.
     Raises UserError when torchvision has no such model or it does not end in a Linear `fc`.
     """
     known = models.list_models(module=models)

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moco.encoders import base_encoder, on_meta_device
-from moco.errors import UserError, run_program
+from moco.encoders import on_meta_device
+from moco.errors import UserError, first_line, run_program
+from moco.evaluate.features import backbone
 from moco.files import atomic_file, check_free
 from moco.run.checkpoint import encoder_state, load_strictly, read
 from moco.zoo import resolve
@@ -53,16 +54,16 @@ def export(checkpoint, out, to, arch=None, force=False):
     check_free(out, force)
     if os.path.exists(out) and os.path.samefile(out, path):
         raise UserError(f"{out} is the checkpoint itself, which the export would replace: name another file")
-    if to == "safetensors":
-        _safetensors()
     content = read(path)
     arch = arch or content.get("arch")
     if not isinstance(arch, str):
         raise UserError(f"{path} does not say which network it holds: name it with --arch, such as resnet50")
-    state = encoder_state(content, path)
-    _check_fits(arch, state, path)
     if to in ("timm", "detectron2") and not arch.startswith(RESNETS):
         raise UserError(f"{to} has no {arch} of torchvision's structure: export it --to torchvision")
+    state = encoder_state(content, path)
+    advice = f"name the architecture of the checkpoint with --arch, which is not {arch}"
+    model = on_meta_device(partial(backbone, arch)).to("meta")  # a regnet is on the CPU
+    load_strictly(model, {name: tensor.to("meta") for name, tensor in state.items()}, path, advice=advice)
     # Copies, since a tensor may be a view of a larger one or in channels_last order.
     state = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     try:
@@ -70,12 +71,12 @@ def export(checkpoint, out, to, arch=None, force=False):
             if to == "detectron2":
                 _write_detectron2(state, temporary)
             elif to == "safetensors":
-                metadata = {"arch": arch, "epoch": str(content.get("epoch", "unknown")), "source": path.name}
-                temporary.write_bytes(_safetensors().save(state, metadata={"format": "pt", **metadata}))
+                _write_safetensors(state, temporary, arch)
             else:
                 torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise UserError(f"cannot write {out} ({getattr(error, 'strerror', None) or error})") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {out} ({reason}); choose another place") from error
     return arch, len(state)
 
 
@@ -94,16 +95,6 @@ def detectron2_name(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-def _check_fits(arch, state, path):
-    """Raise UserError unless names and shapes are those of torchvision's `arch` without `fc`."""
-    model = on_meta_device(partial(base_encoder(arch), num_classes=1))
-    model.fc = torch.nn.Identity()
-    try:
-        load_strictly(model, {name: tensor.to("meta") for name, tensor in state.items()}, path)
-    except UserError as error:
-        raise UserError(f"as a {arch}, {error}") from error
-
-
 def _write_detectron2(state, path):
     # NumPy 2 pickles arrays under a module name that NumPy 1, common beside Detectron2, does not have.
     table = copyreg.dispatch_table.copy()
@@ -118,12 +109,12 @@ def _write_detectron2(state, path):
         pickler.dump({"model": arrays, "__author__": "MOCO", "matching_heuristics": True})
 
 
-def _safetensors():
+def _write_safetensors(state, path, arch):
     try:
-        import safetensors.torch
+        from safetensors.torch import save
     except ImportError as error:
         raise UserError("safetensors is not installed: `pip install safetensors`") from error
-    return safetensors.torch
+    path.write_bytes(save(state, metadata={"format": "pt", "arch": arch}))
 
 
 def main():

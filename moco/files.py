@@ -1,4 +1,4 @@
-"""Files and folders that appear under their final name only when they are whole."""
+"""Files and folders that appear under their final name only when they are complete; locks and hashes."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from moco.errors import UserError
 
 
 def fsync_path(path):
-    """Flush a file or a folder (its list of names) to the disk, where the file system can do that."""
+    """Flush a file or a folder (its list of names) to the disk, if the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,20 +96,23 @@ def atomic_folder(path, replace=False):
 
 
 @contextlib.contextmanager
-def locked(path, reason):
-    """Hold an exclusive lock (flock) on the file `path`, which is made if missing, while the block runs.
+def locked(path, reason=None):
+    """Hold an exclusive lock (flock) on `path`, a folder or a file that is made if missing, during the block.
 
-    The lock goes with the process, however it ends. Raises UserError with the sentence `reason` when another
-    process holds it. File systems without locks do not refuse.
+    While another process holds it, raises UserError with the sentence `reason`, or without one waits. The
+    lock goes with the process, however it ends. File systems without locks do not refuse.
     """
-    with open(path, "a") as file:
+    descriptor = os.open(path, os.O_RDONLY | (0 if os.path.isdir(path) else os.O_CREAT), 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if reason else 0))
         except BlockingIOError as error:
             raise UserError(reason) from error
-        except OSError:  # ENOSYS, ENOLCK: go on without
+        except OSError:  # ENOSYS, ENOLCK: continue without
             pass
         yield
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path):

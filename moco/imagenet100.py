@@ -19,6 +19,7 @@ from moco.progress import Progress
 
 IMAGES = {"train": 126_689, "val": 5_000}  # in the 100 classes together
 LABELS = "LOC_val_solution.csv"
+SUFFIXES = ".jpeg", ".jpg", ".png"
 
 
 def read_classes():
@@ -26,39 +27,38 @@ def read_classes():
     return sorted(Path(__file__).with_name("imagenet100.txt").read_text().split())
 
 
-def make(imagenet, out, copy=False, labels=None, classes=None, expected=None):
-    """Make the folder `out` with train/ and val/ and a folder per class in each. Returns {split: images}.
+def make(imagenet, out, copy=False):
+    """Make the folder `out` with train/ and val/ and a folder per class in each.
 
-    imagenet: the folder of ImageNet, in one of the layouts above; labels: LOC_val_solution.csv if it lies
-    elsewhere. copy: copy the images instead of linking to them. classes, expected: the class ids and
-    {split: images} that are wanted (default: ImageNet-100's). Raises UserError, and nothing is at `out` then.
+    imagenet: the folder of ImageNet, in one of the layouts above; copy: copy the images instead of linking
+    to them. Raises UserError, and nothing is at `out` then.
     """
     imagenet, out = Path(imagenet).resolve(), Path(out).resolve()
-    classes, expected = classes or read_classes(), expected or IMAGES
     try:
-        folder = _find(imagenet)
-        files = {split: _class_folders(folder / split, classes) for split in expected}
+        folder, classes = _find(imagenet), read_classes()
+        files = {split: {name: _images_in(folder / split / name) for name in classes} for split in IMAGES}
         if not any(files["val"].values()):
-            files["val"] = _labelled(folder / "val", classes, _read_labels(labels, imagenet))
+            files["val"] = _labeled(folder / "val", classes, _read_labels(imagenet))
         for split, of_class in files.items():
-            _check_counts(folder / split, of_class, expected[split])
-        with atomic_folder(out) as temporary, Progress("images", sum(expected.values())) as progress:
+            _check_complete(folder / split, of_class, IMAGES[split])
+        with atomic_folder(out) as temporary, Progress("images", sum(IMAGES.values())) as progress:
             for split, of_class in files.items():
                 for name, paths in of_class.items():
-                    _place(paths, temporary / split / name, copy)
+                    _fill(temporary / split / name, paths, copy)
                     progress.update(len(paths))
     except FileExistsError as error:
         raise UserError(
             f"{error.filename or out} exists already: name another folder, or remove it"
         ) from error
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
-    return expected
+        raise UserError(
+            f"{error.filename or out}: {error.strerror or error}; choose another place"
+        ) from error
 
 
 def _find(imagenet):
     """The folder with train/ and val/ in `imagenet`."""
-    for folder in (imagenet, imagenet / "ILSVRC" / "Data" / "CLS-LOC", imagenet / "Data" / "CLS-LOC"):
+    for folder in (imagenet, imagenet / "ILSVRC" / "Data" / "CLS-LOC"):
         if (folder / "train").is_dir() and (folder / "val").is_dir():
             return folder
     if imagenet.suffix == ".tar" or any(imagenet.glob("ILSVRC2012_img_*.tar")):
@@ -74,31 +74,21 @@ def _images_in(folder):
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        found = [
-            e.path for e in entries if e.name.lower().endswith((".jpeg", ".jpg", ".png")) and e.is_file()
-        ]
-    return sorted(map(Path, found))
+        return sorted(Path(e.path) for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file())
 
 
-def _class_folders(folder, classes):
-    return {name: _images_in(folder / name) for name in classes}
-
-
-def _read_labels(labels, imagenet):
+def _read_labels(imagenet):
     """{name of a validation image without suffix: class id} from Kaggle's LOC_val_solution.csv."""
-    places = [Path(labels)] if labels else [place / LABELS for place in (imagenet, *imagenet.parents[:3])]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise UserError(
-            f"the images in val/ are not in class folders, and there is no {LABELS} at {places[0]} to say "
-            "their classes: name the file with --val-labels"
-        )
+    path = imagenet / LABELS
+    if not path.is_file():
+        raise UserError(f"the images in val/ are not in class folders, and there is no {path}: put it there")
     with open(path, newline="") as file:  # ImageId,PredictionString: the class id, then boxes
         rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
     return {row[0]: row[1].split()[0] for row in rows}
 
 
-def _labelled(folder, classes, labels):
+def _labeled(folder, classes, labels):
+    """{class id: paths} of the images in `folder`."""
     files = {name: [] for name in classes}
     for path in _images_in(folder):
         if path.stem not in labels:
@@ -108,22 +98,17 @@ def _labelled(folder, classes, labels):
     return files
 
 
-def _check_counts(folder, files, expected):
-    """Raise UserError that names missing and small classes unless {class: paths} has `expected` images."""
-    counts = {name: len(paths) for name, paths in files.items()}
-    missing = [name for name, count in counts.items() if not count]
-    if sum(counts.values()) == expected and not missing:
-        return
-    smallest = sorted(set(counts) - set(missing), key=lambda name: (counts[name], name))[:3]
-    raise UserError(
-        f"{folder} has {sum(counts.values()):,} of the {expected:,} images that are needed"
-        + (f"; {len(missing)} of {len(counts)} classes are missing: {', '.join(missing)}" if missing else "")
-        + ("; the smallest classes: " if smallest else "")
-        + ", ".join(f"{name} with {counts[name]:,}" for name in smallest)
-    )
+def _check_complete(folder, files, expected):
+    """Raise UserError that names missing classes unless {class id: paths} has `expected` images."""
+    count, missing = sum(map(len, files.values())), [name for name in files if not files[name]]
+    if count != expected or missing:
+        of = f", and none of {len(missing)} classes such as {missing[0]}" if missing else ""
+        raise UserError(
+            f"{folder} has {count:,} of the {expected:,} images that are needed{of}: unpack ImageNet again"
+        )
 
 
-def _place(paths, folder, copy):
+def _fill(folder, paths, copy):
     """Make `folder` with a link to each of the `paths`, or with a copy."""
     folder.mkdir(parents=True)
     for path in paths:
@@ -151,15 +136,10 @@ def main():
         action="store_true",
         help="copy the images (about 15 GB) instead of linking to them, for a faster disk",
     )
-    parser.add_argument(
-        "--val-labels",
-        metavar="FILE",
-        help=f"where {LABELS} is, if not in IMAGENET; only for a val/ without class folders",
-    )
     args = parser.parse_args()
-    counts = make(args.imagenet, args.out, args.copy, args.val_labels)
+    make(args.imagenet, args.out, args.copy)
     out = Path(args.out).resolve()
-    print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation images of 100 classes")
+    print(f"{out}: {IMAGES['train']:,} training and {IMAGES['val']:,} validation images of 100 classes")
     print(f"train on them with: python main_moco.py --dataset_root {out.parent} --dataset {out.name} ...")
 
 

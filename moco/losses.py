@@ -1,4 +1,4 @@
-"""InfoNCE, its perturbed form under implicit feature modification (IFM), and the accuracy.
+"""InfoNCE, its perturbed form under implicit feature modification (IFM), and accuracy.
 
 van den Oord et al. 2018 (InfoNCE); Robinson et al. 2021, section 4 (IFM). N: batch, C: feature dimension,
 K: negatives, T: temperature. The positive's logit is in column 0, so all labels are 0.
@@ -44,11 +44,11 @@ def chance(K, method=None, epsilon=0.0, alpha=0.0, T=1.0):
 
 
 def contrast(q, k, queue, T, weights, margin=0.0):
-    """Both losses and the rank of the positive, in one pass over the queue: (loss, ranks).
+    """The weighted sum of both losses and the ranks of the positives, in one pass over the queue.
 
     q, k: N x C, unit rows, k without gradient; queue: C x K, unit columns; weights: of the plain and of the
-    perturbed loss; margin: 2 epsilon / T. loss: scalar with a gradient for q; ranks: (N,) int64, how many
-    negatives are nearer to the query than its positive.
+    perturbed loss; margin: 2 epsilon / T. Returns (loss, ranks): a scalar with a gradient for q, and (N,)
+    int64, the number of negatives that are nearer to the query than its positive.
 
     With a = l_pos / T and b = logsumexp(l_neg / T), InfoNCE is softplus(b - a). IFM lowers the positive's
     cosine by epsilon and raises the negatives', so its loss is softplus(b - a + 2 epsilon / T). The gradient
@@ -70,8 +70,8 @@ def contrast(q, k, queue, T, weights, margin=0.0):
 class _LogSumExp(torch.autograd.Function):
     """(logsumexp of q @ queue / T, number of products above l_pos), each (N,).
 
-    Chunk after chunk of the queue is multiplied, added up and forgotten ("online" softmax, Milakov &
-    Gimelshein 2018; Dao et al. 2022).
+    By "online" softmax (Milakov & Gimelshein 2018; Dao et al. 2022): in chunks of the queue, whose logits are
+    not kept.
     """
 
     @staticmethod
@@ -110,7 +110,7 @@ def _softplus(x):
 def accuracy(logits, labels, topk=(1, 5)):
     """Percentages of rows of N x classes whose label (N, int64) is among the k largest: 0-dim. tensors.
 
-    With fewer classes than k every row counts as right.
+    With fewer classes than k every row counts as correct.
     """
     largest = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # N x k
     hits = largest == labels[:, None]

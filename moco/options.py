@@ -254,7 +254,7 @@ def _add_run(parser, written):
     add = parser.add_argument_group(f"run ({written})").add_argument
     add("--output-dir", default=".", metavar="DIR", help="folder for all files that are written")
     add("--resume", default="", metavar="CKPT", help="continue from it; auto: from --output-dir's newest")
-    add("--overwrite", action="store_true", help="start anew and remove the checkpoints in --output-dir")
+    add("--overwrite", action="store_true", help="new run: remove the checkpoints in --output-dir")
     add("-p", "--print-freq", type=_at_least(1), default=10, help="steps between printed lines")
     return add
 
@@ -279,7 +279,7 @@ def _check(args):
             "moco.check names, or leave --cache out"
         )
     if args.resume not in ("", "auto") and not Path(args.resume).is_file():
-        raise UserError(f"--resume: there is no file {args.resume}; to start anew leave the flag out")
+        raise UserError(f"--resume: there is no file {args.resume}; for a new run leave the flag out")
     if args.overwrite and args.resume == "auto":
         raise UserError("--overwrite removes what --resume auto continues from: give one of the two")
 

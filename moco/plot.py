@@ -43,16 +43,16 @@ STYLE = {
 
 
 def check_picture(out, force):
-    """Raise UserError unless a picture can be written to `out`: before the work that leads to it."""
+    """Raise UserError unless a picture can be written to `out`: to be called before the work of drawing."""
     check_free(out, force)
     known = sorted(_matplotlib().figure.Figure().canvas.get_supported_filetypes())
-    if _ending(out) not in known:
+    if _suffix(out) not in known:
         raise UserError(f"{out} must end in .png or another format that matplotlib writes: {' '.join(known)}")
 
 
 @contextlib.contextmanager
 def own_style():
-    """Gives matplotlib, which within the block has these settings whatever a matplotlibrc says; figures are
+    """Gives matplotlib with the settings above during the block, whatever a matplotlibrc says; figures are
     made and saved in one.
     """
     matplotlib = _matplotlib()
@@ -63,24 +63,21 @@ def own_style():
 
 
 def save_picture(figure, out):
-    """Write a Figure to `out` in the format of its ending; `out` shows the whole picture or what it was."""
+    """Write a Figure to `out` in the format of its suffix. Raises UserError, and an old file stays then."""
     try:
         with own_style(), atomic_file(out) as temporary:
-            figure.savefig(temporary, format=_ending(out))
+            figure.savefig(temporary, format=_suffix(out))
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror or error}); choose another place") from error
 
 
-def literal(text, most=120):
-    """A text as matplotlib shows it letter by letter, at most so many: a dollar would begin a formula."""
+def literal(text, most=110):
+    """A text's last `most` letters for matplotlib, which takes a bare dollar for the start of a formula."""
     text = printable(text)
-    if len(text) > most:
-        end = (most - 1) // 2
-        text = f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
-    return text.replace("$", r"\$")
+    return (text if len(text) <= most else f"…{text[1 - most :]}").replace("$", r"\$")
 
 
-def _ending(out):
+def _suffix(out):
     return Path(out).suffix.removeprefix(".").lower()
 
 
@@ -101,9 +98,9 @@ LOGS = LOG, LINEAR_LOG = "log.jsonl", "linear.jsonl"
 
 @dataclass
 class Run:
-    """What a log says. steps: the printed steps, epochs: the finished epochs, in order, each a dict of the
-    log's names and values with its place `at` in epochs besides, for an epoch its start. chance: the loss at
-    chance, or None. linear: whether it is a linear evaluation.
+    """A log. steps: the printed steps, epochs: the finished epochs, in order, each a dict of the log's names
+    and values, and `at`, where it starts, in epochs. chance: the loss at chance, or None. linear: whether it
+    is a linear evaluation.
     """
 
     name: str
@@ -116,8 +113,8 @@ class Run:
 def read_run(path):
     """The Run of an output folder or of the log in it. Raises UserError when there is none.
 
-    Of a repeated (epoch, step) the last line counts. A start voids the lines from its place on: with epoch 0
-    and step 0 the whole earlier run, otherwise what was lost between its checkpoint and its end.
+    Of a repeated (epoch, step) the last line counts. A start removes the earlier lines from its position on:
+    for a new run all of them.
     """
     path = Path(path)
     log = next((path / name for name in LOGS if os.path.isfile(path / name)), path)
@@ -131,17 +128,16 @@ def read_run(path):
     for line in lines:
         try:
             entry = json.loads(line)
-            kind, place = entry["kind"], (entry["epoch"], entry.get("step", math.inf))
+            kind, position = entry["kind"], (entry["epoch"], entry.get("step", math.inf))
         except (ValueError, TypeError, LookupError):  # a line that was cut off when the run was killed
             continue
         if kind == "start":
-            found, start = {earlier: found[earlier] for earlier in found if earlier < place}, entry
+            found, start = {earlier: found[earlier] for earlier in found if earlier < position}, entry
         else:
-            at = place[0] + entry.get("step", 0) / start.get("steps", 1)
-            found[place] = entry | {"at": at}
+            found[position] = entry | {"at": position[0] + entry.get("step", 0) / start.get("steps", 1)}
     if not found:
-        raise UserError(f"{log} holds no step and no epoch yet; look again when the run has printed some")
-    entries = [found[place] for place in sorted(found)]
+        raise UserError(f"{log} holds no step and no epoch yet; try again when the run has printed some")
+    entries = [found[position] for position in sorted(found)]
     steps, epochs = ([entry for entry in entries if entry["kind"] == kind] for kind in ("step", "epoch"))
     linear = log.name == LINEAR_LOG or any("val_acc1" in entry for entry in epochs)
     return Run(str(path), steps, epochs, start.get("chance"), linear)
@@ -184,8 +180,8 @@ def figure_of(runs):
     chance is "chance". A quantity that no log has gets no panel; a value that is null leaves a gap.
     """
     panels = panels_of(runs)
-    columns = max(1, min(COLUMNS, 110 // max(len(run.name) for run in runs)))  # of the legend
-    rows, legend_rows = math.ceil(len(panels) / COLUMNS), math.ceil(len(runs) / columns)
+    legend_columns = max(1, min(COLUMNS, 110 // max(len(run.name) for run in runs)))
+    rows, legend_rows = math.ceil(len(panels) / COLUMNS), math.ceil(len(runs) / legend_columns)
     with own_style() as matplotlib:
         size = WIDTH, 0.5 + 2.2 * rows + 0.2 * legend_rows
         figure = matplotlib.figure.Figure(size, layout="constrained")
@@ -194,30 +190,28 @@ def figure_of(runs):
             axis.set_title(title)
             axis.tick_params(labelbottom=True, length=0)
             for number, run in enumerate(runs):
-                for name, dashes in zip(names, ("-", (0, (4, 2))), strict=False):
+                for name, dashes in zip(names, ("-", "--"), strict=False):
                     _draw_run(axis, run, name, number, dashes)
-            if title != LOSS:  # 0 is in view
+            if title == LOSS:
+                _draw_chance(axis, runs)
+            else:  # 0 is in view
                 axis.update_datalim([(0, 0)], updatex=False)
                 axis.autoscale_view()
-        _draw_chance(axes[0], runs)
         for axis in axes[len(panels) :]:
             axis.remove()
         after = "validation" if runs[0].linear else "kNN"
         caption = (
-            f"epochs (plain: single steps; markers: means over an epoch, at its middle; {after}: after it)"
+            f"epochs (plain: single steps; markers: means of an epoch, at its middle; {after}: after it)"
         )
         figure.supxlabel(caption, fontsize=8, color=GRAY)
-        handles = [
-            matplotlib.lines.Line2D([], [], color=_color(number), marker=_marker(number), markersize=5)
-            for number in range(len(runs))
-        ]
+        handles = [matplotlib.lines.Line2D([], [], **_look(number)) for number in range(len(runs))]
         names = [literal(run.name) for run in runs]
-        figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
+        figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
     return figure
 
 
 def panels_of(runs):
-    """{title: names of the log's quantities, of which a second one is dashed} that there is anything for."""
+    """{title: names of the log's quantities, a second one dashed} for what at least one log has."""
     knn = dict.fromkeys(label for run in runs for entry in run.epochs for label in entry.get("knn") or ())
     accuracies = {"Contrastive accuracy, top 1 (%)": ["acc1"]}
     accuracies |= {f"kNN accuracy: {literal(label, 25)} (%)": [f"knn/{label}"] for label in knn}
@@ -243,38 +237,30 @@ def curve(entries, name):
 
 
 def _draw_run(axis, run, name, number, dashes):
-    """The steps of a run as a line, and the means of its epochs, beside which it is faint, with markers."""
-    steps, epochs = curve(run.steps, name), curve(run.epochs, name)
-    look = {"color": _color(number), "linestyle": dashes}
-    if steps[0]:
-        strength = {"linewidth": 0.7, "alpha": 0.3} if len(epochs[0]) > 1 else {"linewidth": 1.4}
-        dot = "." if len(steps[0]) == 1 else None
-        axis.plot(*steps, **look, **strength, marker=dot, gid=f"{number} {name} steps")
-    if epochs[0]:
+    """The steps of a run as a thin line, and the means of its epochs as a strong one with markers."""
+    look, (x, y), means = _look(number), curve(run.steps, name), curve(run.epochs, name)
+    if x:
+        faint = {"linewidth": 0.7, "alpha": 0.3} if len(means[0]) > 1 else {"linewidth": 1.4}
+        dot = {"marker": "." if len(x) == 1 else None, "color": look["color"]}
+        axis.plot(x, y, linestyle=dashes, **faint, **dot, gid=f"{number} {name} steps")
+    if means[0]:
         after = 1 if name.startswith(("knn/", "val_")) else 0.5
-        apart = 0.025 * number % 0.12, 0.12  # the first marker and the distances, in diagonals of the panel
-        marks = {"marker": _marker(number), "markersize": 4.5}
-        marks["markevery"] = 1 if len(epochs[0]) < 12 else apart
-        x = [at + after for at in epochs[0]]
-        axis.plot(x, epochs[1], linewidth=1.4, **look, **marks, gid=f"{number} {name} epochs")
+        x, every = [at + after for at in means[0]], math.ceil(len(means[0]) / 12)
+        gid = f"{number} {name} epochs"
+        axis.plot(x, means[1], linestyle=dashes, linewidth=1.4, markevery=every, **look, gid=gid)
 
 
 def _draw_chance(axis, runs):
-    """The losses at chance as dotted lines, black where all runs have the same."""
-    levels = [run.chance for run in runs]
-    for number, chance in enumerate(levels):
-        if chance is not None:
-            color = BLACK if len(set(levels)) == 1 else _color(number)
-            axis.axhline(chance, color=color, linestyle=":", gid="chance")
-            axis.set_title(f"{LOSS}; dotted: at chance")
+    """The losses at chance as dotted lines."""
+    for chance in {run.chance for run in runs} - {None}:
+        axis.axhline(chance, color=BLACK, linestyle=":", gid="chance")
+        axis.set_title(f"{LOSS}; dotted: at chance")
 
 
-def _color(number):
-    return PALETTE[number % len(PALETTE)]
-
-
-def _marker(number):
-    return MARKERS[number % len(MARKERS)]
+def _look(number):
+    """Color and marker of a run."""
+    color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+    return {"color": color, "marker": marker, "markersize": 4.5}
 
 
 def main():

@@ -5,13 +5,15 @@ import time
 
 
 def duration(seconds):
-    """Seconds in words: '9 s', '4 min 05 s', '2 h 03 min'."""
+    """Seconds in words: '9 s', '4 min 05 s', '2 h 03 min', '3 d 04 h'."""
     seconds = int(seconds + 0.5)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600:02d} h"
 
 
 def in_words(count):

@@ -1,6 +1,6 @@
-"""Randomness as a function of position: every draw derives from the run's seed and from where it is used.
+"""Seeds from the run's seed and the place of use: (what for, epoch, step or image, ...).
 
-So the samples do not depend on the number of workers, and a resumed run is equal to one that never stopped.
+So samples do not depend on the number of workers, and a resumed run is equal to one that never stopped.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import contextlib
 import numpy as np
 import torch
 
-# What the random numbers are for; folded in first, so that no two uses share a stream.
+# What random numbers are for: the first of the numbers that are folded in, so that no two uses share a seed.
 ORDER, SAMPLE, STEP, SHUFFLE, REPLACE, BITS = range(6)
 
 

@@ -13,7 +13,6 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -35,18 +34,26 @@ from moco.seeds import seeded
 from moco.trifeature import FACTORS, is_combination
 
 UNTRAINED = "untrained"
+BOUNDS = {
+    "count": (1, 40),
+    "neighbors": (1, 10),
+    "image_size": (8, math.inf),
+    "seed": (0, 2**63 - 1),
+    "epoch": (0, math.inf),
+    "workers": (0, math.inf),
+}
 
 
 def main():
     args = parse_args()
-    limits = {"count": (1, 40), "neighbors": (1, 10), "image_size": (8, math.inf), "seed": (0, 2**63 - 1)}
-    limits |= {"among": (1, math.inf), "epoch": (0, math.inf), "workers": (0, math.inf)}
-    for name, (low, high) in limits.items():
+    for name, (low, high) in BOUNDS.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     check_picture(args.out, args.force)
-    args.draw(args, data_folder(args.folder, args.dataset_root, args.dataset))
+    folder = data_folder(args.folder, args.dataset_root, args.dataset)
+    figure = draw_pairs(args, folder) if args.sheet == "pairs" else draw_neighbors(args, folder)
+    save_picture(figure, args.out)
     print(printable(args.out))
 
 
@@ -54,15 +61,14 @@ def parse_args():
     parser = argparse.ArgumentParser(
         prog="python -m moco.show", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    sheets = parser.add_subparsers(required=True, metavar="SHEET")
+    sheets = parser.add_subparsers(dest="sheet", required=True, metavar="SHEET")
     text = "images and the two views of each that pre-training gets from them, to the pixel"
     pairs = sheets.add_parser("pairs", help=text, description=f"Draws {text}.", allow_abbrev=False)
     text = "validation images and the training images nearest to them under a checkpoint"
     near = sheets.add_parser("neighbors", help=text, description=f"Draws {text}.", allow_abbrev=False)
     text = "of pre-training or linear evaluation, a released model's name, or untrained"
     near.add_argument("checkpoint", metavar="CKPT", help=text)
-    for sheet, draw in ((pairs, draw_pairs), (near, draw_neighbors)):
-        sheet.set_defaults(draw=draw)
+    for sheet in (pairs, near):
         add = sheet.add_argument
         add("folder", metavar="DIR", nargs="?", help="data set with train/ (and for neighbors val/)")
         add("--dataset-root", "--dataset_root", metavar="ROOT", help="folder that holds --dataset")
@@ -79,7 +85,6 @@ def parse_args():
     add = near.add_argument
     add("--neighbors", type=int, default=5, metavar="N", help="of each image (default: %(default)s)")
     add("-a", "--arch", help="torchvision model (default: what the checkpoint says, or else resnet50)")
-    add("--among", type=int, metavar="N", help="search only N random training images (default: all)")
     add("-j", "--workers", type=int, metavar="W", help="loader processes (default: one per core)")
     return parser.parse_args()
 
@@ -129,46 +134,50 @@ def sheet(title, tiles, columns):
     return figure
 
 
+def class_name(images, index):
+    return images.classes[images.targets[index]]
+
+
+def _channels_last(pixels):
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def _check_count(flag, count, images):
+    if count > len(images):
+        raise UserError(f"{flag} {count} is more than the {len(images)} images to choose from")
+
+
 # Pairs: the views that pre-training gets.
 
-LOOKS = {  # of the boxes: where their edges lie on each other both are seen
+LOOKS = {  # of the boxes: dashes, as one box may lie on the other
     "query": {"edgecolor": BLUE},
-    "key": {"edgecolor": RED, "linestyle": (0, (3, 2))},
+    "key": {"edgecolor": RED, "linestyle": "--"},
 }
 
 
 def draw_pairs(args, folder):
+    """The Figure of the first images of an epoch, in training's order, each with its query and its key.
+
+    The views are what an encoder gets before normalization.
+    """
     recipe, name = (moco_v2(), "v2") if args.aug_plus else (moco_v1(), "v1")
-    size = args.image_size or 224
-    images = image_folder(folder, "train")
-    tiles = pairs_of(images, recipe, size, args.resize, args.seed, args.epoch, args.count)
+    size, images = args.image_size or 224, image_folder(folder, "train")
+    _check_count("--count", args.count, images)
+    loader = TrainLoader(images, recipe, size=size, batch_size=args.count, seed=args.seed, resize=args.resize)
+    batch, tiles = next(loader.epoch(args.epoch)), []
+    for position, index in enumerate(batch.indices.tolist()):
+        image, records = read_pixels(paths_of(images)[index]), batch.records[:, position]
+        boxes = [(*record.item()[:4], look) for record, look in zip(records, LOOKS.values(), strict=True)]
+        tiles.append(Tile(image, f"image {index}", [(class_name(images, index), BLACK)], boxes=boxes))
+        for (label, look), record, pixels in zip(LOOKS.items(), records, batch.pixels, strict=True):
+            lines = [(line, BLACK) for line in what_was_done(record, image.shape)]
+            tiles.append(Tile(_channels_last(pixels[position]), label, lines, color=look["edgecolor"]))
     title = (
         f"{folder}: the first pairs of epoch {args.epoch} with seed {args.seed}, and where they are cut out\n"
         f"MoCo {name} augmentation, views of {size} x {size} pixels, resize {args.resize}; "
         "crop: of the image's area; blur: sigma in pixels"
     )
-    save_picture(sheet(title, tiles, columns=6), args.out)
-
-
-def pairs_of(images, recipe, size, resize, seed, epoch, count):
-    """Tiles of the first `count` images that a run with `seed` trains on in `epoch`, in its order: three for
-    each, the image with the boxes of its views, the query and the key.
-
-    images: an ImageFolder; recipe: a moco.data.augment.Recipe; size, resize: as TrainLoader's. The views are
-    what an encoder gets before normalization. Raises UserError.
-    """
-    _check_count("--count", count, images)
-    loader = TrainLoader(images, recipe, size=size, batch_size=count, seed=seed, resize=resize)
-    batch, paths, tiles = next(loader.epoch(epoch)), paths_of(images), []
-    for position, index in enumerate(batch.indices.tolist()):
-        image, records = read_pixels(paths[index]), batch.records[:, position]
-        boxes = [(*record.item()[:4], look) for record, look in zip(records, LOOKS.values(), strict=True)]
-        tiles.append(Tile(image, f"image {index}", [(class_name(images, index), BLACK)], boxes=boxes))
-        for (label, look), record, pixels in zip(LOOKS.items(), records, batch.pixels, strict=True):
-            lines = [(line, BLACK) for line in what_was_done(record, image.shape)]
-            view = pixels[position].permute(1, 2, 0).numpy()
-            tiles.append(Tile(view, label, lines, color=look["edgecolor"]))
-    return tiles
+    return sheet(title, tiles, columns=6)
 
 
 def what_was_done(record, shape):
@@ -184,6 +193,7 @@ def what_was_done(record, shape):
 
 
 def draw_neighbors(args, folder):
+    """The Figure of a row for each validation image: it and the training images nearest to it."""
     train, val = image_folder(folder, "train"), image_folder(folder, "val")
     if args.checkpoint == UNTRAINED and not os.path.isfile(UNTRAINED):
         arch, checkpoint = args.arch or "resnet50", {}
@@ -195,19 +205,19 @@ def draw_neighbors(args, folder):
     epochs = f" after {checkpoint['epoch']} epochs" if checkpoint.get("epoch") else ""
     size = args.image_size or checkpoint.get("settings", {}).get("image_size") or 224
     check_image_size(arch, size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workers = available_cores() if args.workers is None else args.workers
-    settings = {"size": size, "resize": args.resize, "workers": workers, "device": device}
-    loader = partial(ValidationLoader, batch_size=256, **settings)
-    numbers = args.seed, args.count, args.neighbors, args.among
-    asked, nearest, cosines = neighbors_of(network.to(device), train, val, loader, *numbers)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {"size": size, "resize": args.resize, "batch_size": 256}
+    settings["workers"] = available_cores() if args.workers is None else args.workers
+    queries, nearest, cosines = neighbors_of(
+        network, train, val, args.seed, args.count, args.neighbors, **settings
+    )
 
     def view(images, index):
         pixels = read_pixels(paths_of(images)[index])
-        return center_resize(pixels, size, args.resize).permute(1, 2, 0).numpy()
+        return _channels_last(center_resize(pixels, size, args.resize))
 
     tiles, pairs = [], []
-    for index, near, near_cosines in zip(asked, nearest, cosines, strict=True):
+    for index, near, near_cosines in zip(queries, nearest, cosines, strict=True):
         name = class_name(val, index)
         lines = [(text, BLACK) for text in factors(name)]
         tiles.append(Tile(view(val, index), f"image {index}", lines))
@@ -215,57 +225,43 @@ def draw_neighbors(args, folder):
             pairs.append((name, class_name(train, other)))
             tiles.append(Tile(view(train, other), f"cosine {cosine:.3f}", marks(*pairs[-1])))
     title = (
-        f"Nearest of {args.among or len(train)} training images by the cosine of the features of\n"
+        f"Nearest of {len(train)} training images by the cosine of the features of\n"
         f"{args.checkpoint} ({arch}{epochs}), seed {args.seed}\n"
         f"{folder}, {size} x {size} pixels; {agreement(pairs)}"
     )
-    save_picture(sheet(title, tiles, columns=1 + args.neighbors), args.out)
     print(agreement(pairs))
+    return sheet(title, tiles, columns=1 + args.neighbors)
 
 
-def neighbors_of(network, train, val, loader, seed, count, number, among=None):
+def neighbors_of(network, train, val, seed, count, number, **settings):
     """Arrays: the numbers of `count` validation images (count,), those of the training images nearest to each
     and their cosines, both (count, number), nearest first.
 
-    network: gives features, in eval mode on the loader's device; train, val: ImageFolders; loader: a partial
-    ValidationLoader. The validation images are drawn from `seed` alone, so they are the same for every
-    network. among: how many training images are searched, drawn from `seed` too (None: all). Raises
-    UserError.
+    network: gives features, in eval mode; train, val: ImageFolders; settings: of ValidationLoader. The
+    validation images are drawn from `seed` alone, so they are the same for every network. Raises UserError.
     """
     _check_count("--count", count, val)
-    _check_count("--among", among or 1, train)
-    _check_count("--neighbors", number, train if among is None else range(among))
-    asked = np.random.default_rng(seed).permutation(len(val))[:count]
-    searched = np.sort(np.random.default_rng(seed).permutation(len(train))[:among])
-    queries, bank = _features(network, val, asked, loader), _features(network, train, searched, loader)
-    cosines, places = neighbors(queries, bank, number)
-    return asked, searched[places.cpu().numpy()], cosines.cpu().numpy()
+    _check_count("--neighbors", number, train)
+    queries = np.random.default_rng(seed).permutation(len(val))[:count]
+    some = copy.copy(val)
+    some.samples, some.targets = ([of_all[i] for i in queries] for of_all in (val.samples, val.targets))
+    features = [F.normalize(_features(network, images, settings), dim=1) for images in (some, train)]
+    cosines, nearest = neighbors(*features, number)
+    return queries, nearest.cpu().numpy(), cosines.cpu().numpy()
 
 
-def _features(network, images, numbers, loader):
-    """The features of these of an ImageFolder's images: float32 N x d, unit rows."""
-    chosen = copy.copy(images)
-    chosen.samples = [images.samples[number] for number in numbers]
-    chosen.targets = [images.targets[number] for number in numbers]
-    batches = loader(chosen)
-    with Progress("features", len(numbers), "images") as progress, contextlib.closing(batches):
+def _features(network, images, settings):
+    """The features of an ImageFolder's images: float32 N x d on the network's device."""
+    device = next(network.parameters()).device
+    loader = ValidationLoader(images, device=device, **settings)
+    with Progress("features", len(images), "images") as progress, contextlib.closing(loader):
 
         def counted():
-            for batch in batches:
+            for batch in loader:
                 yield batch
                 progress.update(len(batch.targets))
 
-        features, _ = features_of(network, counted(), next(network.parameters()).device)
-    return F.normalize(features, dim=1)
-
-
-def _check_count(flag, count, images):
-    if count > len(images):
-        raise UserError(f"{flag} {count} is more than the {len(images)} images to choose from")
-
-
-def class_name(images, index):
-    return images.classes[images.targets[index]]
+        return features_of(network, counted(), device)[0]
 
 
 def factors(name):

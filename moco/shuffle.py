@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 @torch.no_grad()
 def batch_shuffle(images, order=None):
-    """This process's part of all processes' images in a common random order, and the order that undoes it.
+    """This process's part of all processes' images in a common random order, and the inverse of the order.
 
     images: N x 3 x H x W, the same N on each process. order: (N*world,) int64 on the CPU, equal on all
-    processes; None: drawn from torch's generator on rank 0. Returns the rank-th N of images[order], under
-    autocast in its dtype (to which the first convolution would round them), and (N*world,) int64 on their
-    device, by which features of all in that order are put back.
+    processes; None: drawn from torch's generator on rank 0. Returns (shuffled, inverse): the rank-th N of all
+    images[order], under autocast in its dtype (to which the first convolution would round them), and
+    (N*world,) int64 on their device. The gathered features[inverse] are in the images' own order.
     """
     device, world = images.device, world_size()
     if torch.is_autocast_enabled(device.type):

@@ -1,6 +1,4 @@
-"""Measurements on this machine, in turns: `python -m moco.bench data` of ways to load data, `step` of the
-training step.
-"""
+"""Measurements on this machine: `python -m moco.bench data` of loading data, `step` of the training step."""
 
 import argparse
 import json
@@ -36,7 +34,7 @@ def main():
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        prog="python -m moco.bench", description="Measure, on this machine, what the program consists of."
+        prog="python -m moco.bench", description="Measure loading and training on this machine."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = (
@@ -70,7 +68,7 @@ def parse_args():
     add("--only", nargs="+", metavar="ROW", help="measure these rows (default: all that the device has)")
     add("--data", metavar="DIR", help="data set with train/: the --fast step from files, too")
     add("-j", "--workers", type=int, metavar="W", help="of --data (default: one per core)")
-    add("--traffic", action="store_true", help="compute instead what a step sends on many GPUs")
+    add("--traffic", action="store_true", help="only compute what a step sends on many GPUs")
     return parser.parse_args()
 
 

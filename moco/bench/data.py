@@ -62,7 +62,7 @@ def measure(folder, *, images, rounds, size, workers, batch_size):
 
 def compared(epochs, rounds, label, bases=None, by_cpu=False):
     """Rows of a table. epochs: {name: (function of a round's number that gives an iterable of batches, the
-    pairs in it)}; bases: the names that rates are compared with, by column; by_cpu: rates are per CPU second.
+    pairs in it)}; bases: {column: the name that rates are compared with}; by_cpu: rates are per CPU second.
     """
 
     def seconds_of_a_pair(epoch, pairs, number):
@@ -109,14 +109,14 @@ def photographs(folder, count):
 
 
 def described(paths, folder):
-    """What the images are like, in words. Raises UserError that names one which cannot be read."""
+    """Number, size and source of the images in words. Raises UserError that names a bad one."""
     height, width, _ = np.mean([decode.read_pixels(path).shape for path in paths], axis=0)
     kilobytes = np.mean([os.path.getsize(path) for path in paths]) / 1000
     source = f"of {folder}" if folder else "made to be like photographs"
     return f"{len(paths)} {source} ({width:.0f} x {height:.0f} and {kilobytes:.0f} KB on average)"
 
 
-# What is compared: the epochs of `compared`.
+# The epochs that `compared` takes.
 
 
 def pipelines(paths, size, batch_size):
@@ -157,7 +157,7 @@ def pipelines(paths, size, batch_size):
 
 
 def ready_made(size, batch_size, workers):
-    """Batches of a ready-made sample, which costs a worker a copy: what is left is transport."""
+    """Batches of one sample that is there already, so that the time is that of transport."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     pixels = np.moveaxis(pixels, -1, 1)  # interleaved channels, as a resize makes them
     views = [view.contiguous() for view in torch.from_numpy(pixels)]
@@ -177,9 +177,8 @@ def ready_made(size, batch_size, workers):
 
 
 def from_files(paths, size, batch_size, workers, device):
-    """The published DataLoader and TrainLoader over the images `paths`, to `device`.
-
-    On a CPU, where DeviceAugment gains nothing, the views of TrainLoader still need colors and normalization.
+    """The published DataLoader and TrainLoader over the images `paths`, to `device`; on a CPU without
+    DeviceAugment, which gains nothing there, so TrainLoader's views still need colors and normalization.
     """
     few, many = (each * workers * batch_size for each in (2, 8))
     repeated, on_cuda = paths * math.ceil(many / len(paths)), device.type == "cuda"

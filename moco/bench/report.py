@@ -1,7 +1,7 @@
-"""What the measurements share: turns, their medians and quartiles, the machine, and one kind of table.
+"""Rounds in turns, medians and quartiles, the machine, and tables: shared by the measurements.
 
-A report is a dict that JSON can hold: "about", what was measured and where, and "tables", of numbers, texts
-and spreads by title, row and column.
+A report is a dict that JSON can hold: "about", what was measured and where, and "tables", {title: {row:
+{column: number, text or spread}}}.
 """
 
 import math
@@ -18,11 +18,11 @@ from moco.run.resources import available_cores
 
 
 def in_turns(turns, rounds, label):
-    """What each of `turns`, a dict of callables that take the number of the round, returns in each round: a
-    dict of arrays with a row per round.
+    """Call each of `turns`, {name: function of the round's number}, in each round. Returns {name: array of
+    what it returned, by round}.
 
-    Each round begins with another of them, so that a machine that gets slower or faster meets all alike. A
-    round before the first warms up and does not count.
+    Each round begins with another one, so that a machine that gets slower or faster affects all. A round
+    before the first warms up and does not count.
     """
     names = list(turns)
     taken = {name: [] for name in names}
@@ -36,7 +36,7 @@ def in_turns(turns, rounds, label):
 
 
 def timed(work, device):
-    """Seconds of `work()` until the device has done it."""
+    """Seconds of `work()`, including the device's."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -52,7 +52,7 @@ def spread(values):
 
 
 def about(device, **setting):
-    """What was measured on, how busy it was, what else moco.run.log.machine tells, and the setting."""
+    """The machine, how busy it was, the versions (moco.run.log.machine), and the setting: a dict."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:

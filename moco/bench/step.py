@@ -1,5 +1,5 @@
-"""`python -m moco.bench step`: the training step as published, as it is here, with each flag, and what its
-encoders alone take, in turns on images that are on the device already; with --data also from files.
+"""`python -m moco.bench step`: the rate of the published training step, of this program's with each flag, and
+of its encoders alone, in turns on images that are on the device already; with --data also from files.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -27,12 +27,7 @@ DEFAULTS = {
     "cuda": {"arch": "resnet50", "batch_size": 512, "size": 224, "moco_k": 65536, "bn_splits": 8, "steps": 8},
     "cpu": {"arch": "resnet18", "batch_size": 32, "size": 64, "moco_k": 4096, "bn_splits": 8, "steps": 2},
 }
-NEEDS_CUDA = ("published_tf32", "here_tf32", "amp")
-BASES = {
-    "of the ceiling": "ceiling",
-    "of published": "published",
-    "of --fast": "fast",
-}  # what is compared with
+BASES = {"of the ceiling": "ceiling", "of published": "published", "of --fast": "fast"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Setting:
         return [torch.randn(shape, generator=generator, device=self.device) for _ in range(2)]
 
     def model(self, kind=MoCo, channels_last=False, compile=False):
-        """A model whose random numbers start from SEED, so that all of one size start alike."""
+        """A model with weights drawn from SEED: the same for all of one size."""
         torch.manual_seed(SEED)
         encoder = base_encoder(self.arch)
         model = kind(encoder, DIM, self.moco_k, T=T, mlp=True, epsilon=EPSILON, bn_splits=self.bn_splits)
@@ -81,8 +76,9 @@ def setting_of(device=None, **sizes):
 
 
 def rows_of(device, bn_splits):
-    """{name: (title, function, options)} of the ways to carry out a step on a device; function(s, images,
-    **options) gives run(steps) -> mean loss.
+    """{name: (title, function, options)} of the ways to run a step on a device; function(s, images,
+    **options) gives run(steps) -> mean loss. float32 is as torch computes it by default, on a GPU with TF32
+    in convolutions.
     """
     on_cuda = device.type == "cuda"
     fast = {"amp": torch.bfloat16, "compile": True} if on_cuda else {}
@@ -90,9 +86,7 @@ def rows_of(device, bn_splits):
     fast = {"channels_last": on_cuda or bn_splits == 1} | fast  # as --fast
     rows = {
         "published": ("published, float32", training_run, {"published": True}),
-        "published_tf32": ("published, TF32", training_run, {"published": True, "tf32": True}),
         "here": ("here, float32", training_run, {}),
-        "here_tf32": ("here, TF32", training_run, {"tf32": True}),
         "channels_last": ("here, --channels-last", training_run, {"channels_last": True}),
         "amp": ("here, --channels-last --amp", training_run, {"channels_last": True, "amp": torch.bfloat16}),
         "fast": ("here, --fast", training_run, fast),
@@ -100,7 +94,9 @@ def rows_of(device, bn_splits):
         "fast_unsplit": ("here, --fast --bn-splits 1", training_run, unsplit),
         "ceiling": ("ceiling: the encoders alone", encoders_run, unsplit),
     }
-    return {name: row for name, row in rows.items() if on_cuda or name not in NEEDS_CUDA}
+    if not on_cuda:
+        del rows["amp"]
+    return rows
 
 
 def measure(s, rounds, only=None, folder=None, workers=None):
@@ -118,25 +114,23 @@ def measure(s, rounds, only=None, folder=None, workers=None):
         rows |= {"fast": known["fast"], "files": from_files(s, known["fast"][2], folder, workers)}
     tables = {"a step on noise": measure_steps(s, rounds, rows)} if rows else {}
     if "loss" in only:
-        tables["losses, their gradient, the accuracy: N 256, K 65536"] = measure_loss(
-            s.device, rounds, s.steps
-        )
+        title = "losses, their gradient, the accuracy: N 256, K 65536"
+        tables[title] = measure_loss(s.device, rounds, s.steps)
     setting = {name: value for name, value in asdict(s).items() if name != "device"}
     return {"about": about(s.device, **setting, rounds=rounds), "tables": tables}
 
 
 def measure_steps(s, rounds, rows):
-    """Rows of a table: whole steps on images that are on the device already."""
+    """Rows of a table: training steps on images that are on the device already."""
     torch._dynamo.config.recompile_limit = 64  # 8 would leave the last rows' encoders uncompiled
     images, turns, cells = s.images(), {}, {}
     for name, (_, function, options) in rows.items():
         try:
             run = function(s, images, **options)
-            loss = run(1)  # sets TF32, also for the label
-            cells[name] = {"encoders in": precision(options.get("amp"), s.device), "first loss": loss}
-            turns[name] = lambda _, run=run: timed(lambda: run(s.steps), s.device)
+            cells[name] = {"first loss": run(1)}
+            turns[name] = lambda _, run=run: timed(partial(run, s.steps), s.device)
         except RuntimeError as error:  # too little memory, no compiler
-            cells[name] = {"encoders in": f"left out: {first_line(error)}"}
+            cells[name] = {"first loss": f"left out: {first_line(error)}"}
     seconds = in_turns(turns, rounds, "steps") if turns else {}
     for name in seconds:
         cells[name]["pairs/s"] = spread(s.batch_size * s.steps / seconds[name])
@@ -179,7 +173,6 @@ def training_run(
     s,
     images,
     published=False,
-    tf32=False,
     amp=None,
     channels_last=False,
     compile=False,
@@ -188,8 +181,7 @@ def training_run(
     batches=None,
 ):
     """run(steps), the mean loss of this program's step, or of the published one, which waits for the loss in
-    each step. tf32: whether float32 convolutions and products use it. batches(steps): views, instead of
-    `images`.
+    each step. batches(steps): views, instead of `images`.
     """
     s = replace(s, bn_splits=bn_splits or s.bn_splits)
     model = s.model(Published if published else MoCo, channels_last, compile)
@@ -197,7 +189,6 @@ def training_run(
     weights = losses.weights(method, ALPHA)
 
     def run(steps):
-        set_tf32(tf32)
         total = correct = 0.0
         for step, (im_q, im_k) in enumerate(batches(steps) if batches else [images] * steps):
             order = shuffle_order(SEED, 0, step, len(im_q))
@@ -244,7 +235,6 @@ def encoders_run(s, images, amp=None, channels_last=False, compile=False, bn_spl
     gradient = torch.randn(s.batch_size, DIM, device=s.device) / s.batch_size
 
     def run(steps):
-        set_tf32(False)
         for _ in range(steps):
             with torch.autocast(s.device.type, amp, enabled=amp is not None):
                 features = encoder(im_q)
@@ -258,7 +248,6 @@ def encoders_run(s, images, amp=None, channels_last=False, compile=False, bn_spl
 
 def measure_loss(device, rounds, steps, batch_size=256, moco_k=65536):
     """Rows of a table: both losses, their gradient and the accuracy alone, as published and as here."""
-    set_tf32(False)
     generator = torch.Generator(device).manual_seed(SEED)
     q, k, queue = (
         F.normalize(torch.randn(shape, generator=generator, device=device), dim=axis)
@@ -295,7 +284,7 @@ def measure_loss(device, rounds, steps, batch_size=256, moco_k=65536):
 
 
 def peak_bytes(work, device):
-    """How many bytes torch's allocator holds at most for `work` besides those before it."""
+    """The peak of the bytes that `work` allocates with torch, on top of those before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -307,16 +296,3 @@ def peak_bytes(work, device):
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events))  # negative: given back
-
-
-def set_tf32(on):
-    """Let float32 convolutions and products use TF32, on a GPU that has it, or not."""
-    torch.backends.cudnn.allow_tf32 = on
-    torch.set_float32_matmul_precision("high" if on else "highest")
-
-
-def precision(amp, device):
-    """What encoders compute in now, in words."""
-    if amp is None and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-        return "TF32"
-    return str(amp or torch.float32).removeprefix("torch.")

@@ -1,11 +1,11 @@
-"""What one training step sends from GPU to GPU, computed for any number of them.
+"""The bytes that one training step sends from GPU to GPU, computed for any number of them.
 
-How the bytes are counted, the same way for every collective: the mean over the ranks of the bytes that
-leave a rank, when nothing travels twice. With W ranks and b bytes that a rank hands in,
+Counted is the mean over the ranks of the bytes that leave a rank, when nothing is sent twice. With W ranks
+and b bytes that a rank hands to the collective,
 
-    all-to-all   b * (W-1)/W      each part goes to its one receiver; here for images in a random order
+    all-to-all   b * (W-1)/W      each part goes to one rank; here for images in a random order
     all-gather   b * (W-1)        each rank's part has to reach the W-1 others
-    broadcast    b * (W-1)/W      W-1 copies have to arrive, whoever passes them on
+    broadcast    b * (W-1)/W      W-1 copies have to arrive, whichever rank sends them
     all-reduce   b * 2*(W-1)/W    a ring's reduce-scatter and all-gather, each of b/W in W-1 rounds
 
 (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.) Latency,
@@ -56,7 +56,7 @@ def published_per_rank(model, n, size, world):
 
 
 def measure(arch="resnet50", batch_size=32, size=224, moco_k=65536, worlds=(8, 64, 512)):
-    """The report: MB of a step by item, for each number of GPUs. batch_size: images of a GPU."""
+    """The report (moco.bench.report): MB of a step by item and number of GPUs, of batch_size images each."""
     model = on_meta_device(partial(MoCo, base_encoder(arch), K=moco_k, mlp=True))
     rows = {}
     for world in worlds:

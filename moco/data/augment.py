@@ -1,7 +1,7 @@
 """Every random number of an augmentation, drawn per sample from (seed, epoch, index, view) and nothing else.
 
-A draw says where to crop and what to do to the colors; it touches no pixel. Whoever applies it, on a CPU
-(moco.data.pil) or on a device (moco.data.device), in whichever process and batch, gets the same sample.
+A draw says where to crop and what to do to the colors; it touches no pixel. It is applied on a CPU
+(moco.data.pil) or on a device (moco.data.device), in any process and batch, to the same sample.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ class Recipe:
     """What is drawn for a view, in the terms of torchvision's transforms; ranges are (low, high), uniform.
 
     An amount of 0 in `jitter` gives a neutral factor. Unlike with ColorJitter(hue=0), a jitter without hue
-    still goes through HSV's bytes, where it is applied.
+    still converts to HSV's bytes and back.
     """
 
     scale: tuple[float, float]  # the crop's share of the image's area
@@ -50,14 +50,14 @@ def crops():
 
 
 def pretraining(aug_plus=False, crops_only=False):
-    """The recipe of pre-training that the flags --aug-plus and --crops-only ask for."""
+    """The Recipe of pre-training for the flags --aug-plus and --crops-only."""
     if crops_only:
         return crops()
     return moco_v2() if aug_plus else moco_v1()
 
 
 def linear_train():
-    """What linear classifiers are trained on: a crop and a flip."""
+    """The views that linear classifiers are trained on: a crop and a flip."""
     return Recipe(scale=(0.08, 1.0))
 
 
@@ -90,8 +90,8 @@ def draw(recipe, width, height, seed, epoch, index, views=2):
     """Draw views of image `index`, width x height pixels, in `epoch` of the run `seed`: (views,) of VIEW.
 
     The distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomApply,
-    RandomGrayscale and RandomHorizontalFlip, and a uniform sigma. Each view takes the same count of numbers
-    whatever comes of them: so view 0 does not depend on `views`, nor a box on a recipe's probabilities.
+    RandomGrayscale and RandomHorizontalFlip, and a uniform sigma. Each view takes NUMBERS numbers, used or
+    not: so view 0 does not depend on `views`, nor a box on a recipe's probabilities.
     """
     numbers = _uniform(views * NUMBERS, seed, SAMPLE, epoch, index)
     drawn = [

@@ -7,20 +7,20 @@ much it takes is known beforehand, from the headers of the images.
 """
 
 import contextlib
+import functools
 import mmap
 import os
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from moco.data.decode import image_size, read_pixels
 from moco.data.ring import Workers
 from moco.errors import UserError, printable
 from moco.progress import Progress, in_words
 
-PART = 64  # images that a worker does at a time
-MOST = 0.9  # of what is free: the rest is for the program itself
+PART = 64  # images that a worker decodes at a time
+MOST = 0.9  # of the free memory: the rest is for the program itself
 
 
 class Cache:
@@ -36,11 +36,11 @@ class Cache:
 
     def read(self, index):
         """The pixels of an image: uint8 (H, W, 3), read-only."""
-        pixels = self.place(index)
+        pixels = self.writable(index)
         pixels.flags.writeable = False
         return pixels
 
-    def place(self, index):
+    def writable(self, index):
         """The memory of an image, to be written to: uint8 (H, W, 3)."""
         shape, end = self.shapes[index], self._ends[index]
         return self.memory[end - shape.prod() : end].reshape(shape)
@@ -59,21 +59,27 @@ def decoded_cache(
 
     rank: of this process in the run; local_rank: among the local_world_size processes of its node, whose
     ranks follow each other. all_gather(value): the values of all processes of the run, by rank. workers:
-    processes that help this one, 0 for none. Raises UserError, in all processes, when one cannot read an
-    image or too little memory is free.
+    processes that decode for this one, 0 for none. Raises UserError, in all processes, when one cannot read
+    an image or too little memory is free.
     """
 
     def of_node(value):
         return all_gather(value)[rank - local_rank :][:local_world_size]
 
-    def spread(dataset, label):
+    def share(function, label):
+        """function(part) for the parts of `paths` that are this process's share, by its workers."""
         parts = [range(first, min(first + PART, len(paths))) for first in range(0, len(paths), PART)]
-        return _spread(dataset, parts[local_rank::local_world_size], workers, show_progress and label)
+        mine, answers = parts[local_rank::local_world_size], []
+        progress = Progress(label, sum(map(len, mine)), "images") if show_progress else None
+        with contextlib.closing(Workers(function, workers)) as crew, progress or contextlib.nullcontext():
+            for part, answer in zip(mine, crew.map(mine), strict=True):
+                answers.append((part, answer))
+                if progress:
+                    progress.update(len(part))
+        return answers
 
-    if rank < local_rank:
-        raise ValueError(f"rank {rank} of the run cannot be rank {local_rank} of its node")
     with _all_or_none(all_gather):
-        mine = spread(_Shapes(paths), "sizes of images")
+        mine = share(functools.partial(_shapes, paths), "sizes of images")
     shapes = np.empty((len(paths), 3), np.int64)
     for answers in of_node(mine):
         for part, values in answers:
@@ -93,7 +99,7 @@ def decoded_cache(
             raise UserError(
                 f"the processes of this node cannot share a cache ({error}); leave out --cache"
             ) from error
-        spread(_Fill(paths, cache), f"cache of {in_words(size)}")
+        share(functools.partial(_fill, paths, cache), f"cache of {in_words(size)}")
     os.close(file)  # the memory stays as long as a process has it mapped
     return cache
 
@@ -108,39 +114,28 @@ def free_memory(cgroup="/sys/fs/cgroup", own=None):
     free = int(known["MemAvailable"].split()[0]) * 1024
     own = Path("/proc/self/cgroup").read_text() if own is None else own
     for name in (line[4:] for line in own.splitlines() if line.startswith("0::/")):
-        group = Path(cgroup, name)
-        while group.is_relative_to(cgroup):  # the limit of each group holds for all groups inside it
+        for group in (Path(cgroup, name), *Path(cgroup, name).parents):  # the limit of each holds
             with contextlib.suppress(OSError, ValueError):  # no such file, or the limit is "max"
                 limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 free = min(free, limit - used + int(stat.get("inactive_file", 0)))
-            group = group.parent
     return max(free, 0)
 
 
-class _Shapes(Dataset):
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __getitem__(self, part):
-        sizes = [image_size(self.paths[index]) for index in part]
-        return part, np.array([(height, width, 3) for width, height in sizes], np.int64)
+def _shapes(paths, part):
+    sizes = [image_size(paths[index]) for index in part]
+    return np.array([(height, width, 3) for width, height in sizes], np.int64)
 
 
-class _Fill(Dataset):
-    def __init__(self, paths, cache):
-        self.paths, self.cache = paths, cache
-
-    def __getitem__(self, part):
-        for index in part:
-            place, pixels = self.cache.place(index), read_pixels(self.paths[index])
-            if pixels.shape != place.shape:
-                raise UserError(
-                    f"{printable(self.paths[index])} is not as large as it says, or has just changed; "
-                    "mend or remove it"
-                )
-            place[...] = pixels
-        return part, None
+def _fill(paths, cache, part):
+    for index in part:
+        memory, pixels = cache.writable(index), read_pixels(paths[index])
+        if pixels.shape != memory.shape:
+            raise UserError(
+                f"{printable(paths[index])} has another size than its header said, or has just changed; "
+                "repair or remove it"
+            )
+        memory[...] = pixels
 
 
 def _new_memory(size):
@@ -158,26 +153,14 @@ def _new_memory(size):
     return file
 
 
-def _spread(dataset, parts, workers, label):
-    """dataset[part] for each of `parts`, ranges of images, by workers; with a label, progress is shown."""
-    answers, loader = [], Workers(dataset, parts, workers if len(parts) > 1 else 0)
-    progress = Progress(label, sum(map(len, parts)), "images") if label else None
-    with contextlib.closing(loader), progress or contextlib.nullcontext():
-        for answer in loader:
-            answers.append(answer)
-            if progress:
-                progress.update(len(answer[0]))
-    return answers
-
-
 @contextlib.contextmanager
 def _all_or_none(all_gather):
-    """A UserError that one process raises inside is raised by all: none waits for one that has given up."""
+    """A UserError that one process raises inside is raised by all, so that none waits for it."""
     sentence = None
     try:
         yield
     except UserError as error:
-        sentence = error.sentence
+        sentence = str(error)
     for raised in all_gather(sentence):
         if raised is not None:
             raise UserError(raised)

@@ -2,17 +2,10 @@
 
 Pillow reads every format. JPEG files in color, most of a data set, are decoded by simplejpeg where it is
 installed (`pip install simplejpeg`), in two thirds of Pillow's time and to the same pixels: both call
-libjpeg-turbo with its accurate transform and smooth chroma. Whatever simplejpeg does not decode without any
-complaint (four channels, gray, a file that is cut off) goes to Pillow, so pixels and errors are Pillow's.
+libjpeg-turbo with its accurate transform and smooth chroma. Other JPEG files (four channels, gray, damaged)
+go to Pillow, so that pixels and errors are Pillow's.
 
-The pixels are those of torchvision's ImageFolder, with the exception of 16 and more bits:
-- alpha and transparency are dropped, CMYK, gray and palettes become RGB, as by PIL's convert("RGB");
-- an orientation in EXIF is ignored, as ImageFolder and so the published programs ignore it;
-- 16-bit gray keeps its high byte, which is what Pillow does with 16-bit colors. PIL's convert("RGB") would
-  clip it instead: nearly every pixel white;
-- more than twice PIL.Image.MAX_IMAGE_PIXELS are refused as a decompression bomb, as by ImageFolder; above
-  once Pillow warns;
-- 32-bit integers and floats are refused, because the file does not say which values are black and white.
+The pixels are those of torchvision's ImageFolder, except for 16 and more bits: README.md, "Odd images".
 """
 
 import io
@@ -34,7 +27,7 @@ def decoder_name():
 
 
 def read_pixels(path):
-    """The pixels of an image file: uint8 (H, W, 3), maybe read-only. Raises UserError that names the file."""
+    """An image file to its pixels: uint8 (H, W, 3), maybe read-only. Raises UserError that names the file."""
     try:
         with open(path, "rb", buffering=0) as file:
             return decode(file.readall())
@@ -43,7 +36,7 @@ def read_pixels(path):
 
 
 def image_size(path):
-    """(width, height) of an image file, from its header alone. Raises UserError that names the file."""
+    """An image file to (width, height), by its header alone. Raises UserError that names the file."""
     try:
         with Image.open(path) as image:
             return image.size
@@ -69,7 +62,7 @@ def decode_by_pillow(data):
     """As `decode`, without simplejpeg."""
     with Image.open(io.BytesIO(data)) as image:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            gray = (np.asarray(image) >> 8).astype(np.uint8)
+            gray = (np.asarray(image) >> 8).astype(np.uint8)  # convert("RGB") clips it to white
             return np.repeat(gray[:, :, None], 3, axis=2)
         if image.mode in ("I", "F"):
             raise ValueError("it has 32 bits a pixel and does not say what is black and white: use 8 or 16")
@@ -77,7 +70,7 @@ def decode_by_pillow(data):
 
 
 def reason(error):
-    """What an exception of reading or decoding an image says, in one line without the image's path."""
+    """The message of an exception from reading or decoding an image, in one line without the image's path."""
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow knows"
     said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -85,4 +78,4 @@ def reason(error):
 
 
 def _unreadable(path, error):
-    return UserError(f"{printable(path)} cannot be read as an image ({reason(error)}); mend or remove it")
+    return UserError(f"{printable(path)} cannot be read as an image ({reason(error)}); repair or remove it")

@@ -1,8 +1,8 @@
 """The color operations, blur, flip and normalization in batches on a device, equal to PIL's to the bit.
 
 Every view has its own draw (moco.data.augment). Nothing waits for the device or depends on the values of
-tensors: an operation that a view does not get is done to it with parameters that change nothing, or is not
-selected.
+tensors: an operation that a view does not get is applied with parameters that change nothing, or its result
+is not selected.
 
 Sources: Pillow's src/libImaging (Blend.c, BoxBlur.c, Convert.c) and ImageEnhance.py, as built for x86-64.
 Compilers for GPUs round a product and a sum once instead of twice (FMA) and divide inexactly. So numbers are
@@ -21,8 +21,8 @@ from moco.data.augment import VIEW
 from moco.errors import first_line
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD
 
-# Any order of four operations fits into: blend, hue, blend, blend, hue, blend. For the place of hue in the
-# drawn order: the blends that the other three operations take, and which hue is used.
+# Any order of four operations fits into: blend, hue, blend, blend, hue, blend. By the place of hue in the
+# drawn order: the blends that the other three operations are, and which of the two hues is used.
 BLENDS = np.array([[1, 2, 3], [0, 1, 2], [0, 1, 3], [0, 1, 2]])
 HUES = np.array([0, 0, 1, 1])
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbers in VIEW's order
@@ -33,24 +33,34 @@ MAX_SIGMA = 6**0.5  # from here on BoxBlur.c's boxes have an integer radius of 2
 
 
 class DeviceAugment:
-    """Turns a Batch (moco.data.loader) into its views for the encoders, on `device`.
+    """Turns the pixels of a Batch (moco.data.ring) into views for the encoders, on `device`.
 
-    recipe: a moco.data.augment.Recipe. photometric: jitter, grayscale, blur and flip as the batch's records
-    say; without it the workers have done that, and only normalization is left. batch_shape: the views of a
-    batch, all counted, and the pixels of a side. On CUDA the operations are compiled here for such batches,
-    which takes a minute, and tried on made views; where that fails or gives other pixels than the CPU's, they
-    run uncompiled.
-    str() is a line about it for the start of a run.
+    recipe: a moco.data.augment.Recipe. photometric: apply jitter, grayscale, blur and flip as the batch's
+    records say; without it the workers have done that, and only normalization is left. batch_shape: the
+    number of views in a batch and the pixels of a side, for which the operations are compiled here on CUDA.
+    That takes a minute. They run uncompiled if compilation fails or the pixels of generated views differ from
+    the CPU's. str() is a line about it for the start of a run.
     """
 
     def __init__(self, recipe, device, photometric, batch_shape=(24, 64)):
         self.recipe, self.device, self.photometric = recipe, torch.device(device), photometric
-        self._apply, self._line = _apply_in_parts, f"colors and blur: PIL's pixels, in batches on {device}"
+        self._apply = _apply_in_chunks
         if not photometric:
             self._line = "colors and blur: PIL, in the workers"
-        elif self.device.type == "cuda":
+            return
+        self._line = f"colors and blur: PIL's pixels, in batches on {device}"
+        if self.device.type == "cuda":
             self._apply = torch.compile(_apply, fullgraph=True, dynamic=False)
-            self._check(*batch_shape)
+            try:
+                levels = self.difference(*batch_shape)
+                fault = f"differ from the CPU's by {levels:.3g} levels" if levels else None
+            except Exception as error:  # whatever a compiler or a driver raises, the run continues without
+                fault = f"cannot be computed ({type(error).__name__}: {first_line(error)})"
+            if fault:
+                self._apply = _apply_in_chunks
+                self._line += f", uncompiled and so slow: the compiled operations' pixels {fault}"
+            else:
+                self._line += ", compiled; equal to the CPU's on generated views"
 
     def __str__(self):
         return self._line
@@ -66,34 +76,17 @@ class DeviceAugment:
     def apply(self, pixels, records):
         """The same for views in one tensor: float32 (N, 3, H, W) from uint8 (N, 3, H, W) on the device.
 
-        records: what was drawn for them, (N,) of VIEW. Raises ValueError for other pixels and for a sigma
-        that the blur does not serve.
+        records: what was drawn for them, (N,) of VIEW. Raises ValueError for a sigma of MAX_SIGMA or more.
         """
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"pixels must be uint8 (N, 3, H, W), not {pixels.dtype} {tuple(pixels.shape)}")
-        if len(pixels) != len(records):
-            raise ValueError(f"there are {len(pixels)} images and {len(records)} records")
         parameters = _to_device(_parameters(records), self.device)
         tables = _normalized_bytes(self.device), _hues_below(self.device)
         return self._apply(self.recipe, *tables, pixels.contiguous(), parameters)
 
-    def _check(self, count, size):
-        try:
-            levels = self.difference(count, size)
-            fault = f"differ from the CPU's by {levels:.3g} levels" if levels else None
-        except Exception as error:  # whatever a compiler or a driver raises, there is a way to go on
-            fault = f"cannot be made ({type(error).__name__}: {first_line(error)})"
-        if fault:
-            self._apply = _apply_in_parts
-            self._line += f", uncompiled and so slow: the compiled operations' pixels {fault}"
-        else:
-            self._line += ", compiled; compared with the CPU's on made views"
-
     def difference(self, count=24, size=64):
-        """The largest difference in levels (of 255) from the CPU's pixels for made views of `size` pixels.
+        """The largest difference in levels (of 255) from the CPU's pixels, for `count` generated views.
 
-        24 of them are compared (or `count`, if less; the rest of `count` repeats them): they have every order
-        of the jitter, some gray or a blur, and pixels of all colors.
+        Of size x size pixels. The first 24 are compared, with every order of the jitter, some gray or a blur,
+        and pixels of all colors; the others repeat them.
         """
         rng = np.random.default_rng(0)
         records = np.zeros(24, VIEW)
@@ -104,10 +97,10 @@ class DeviceAugment:
         records["jitter"] = True
         records["gray"][::4], records["flip"][::2], records["sigma"][::3] = True, True, 0
         pixels = torch.from_numpy(rng.integers(0, 256, (24, 3, size, size), np.uint8))
-        here = DeviceAugment(self.recipe, "cpu", True).apply(pixels, records)
+        on_cpu = DeviceAugment(self.recipe, "cpu", True).apply(pixels, records)
         rows = np.arange(count) % 24
-        there = self.apply(pixels[rows].to(self.device), records[rows])[:24].cpu()
-        return float((here[: len(there)] - there).abs().max() * 255 * 0.229)  # 0.229: a channel's largest std
+        here = self.apply(pixels[rows].to(self.device), records[rows])[:24].cpu()
+        return float((on_cpu[: len(here)] - here).abs().max() * 255 * 0.229)  # 0.229: a channel's largest std
 
 
 def normalize(pixels):
@@ -150,24 +143,24 @@ def _to_device(parameters, device):
     packed = torch.from_numpy(np.concatenate([array.view(np.int32) for array in rows.values()]))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    pieces = packed.split([len(array) for array in rows.values()])
+    tensors = packed.split([len(array) for array in rows.values()])
     return {
-        name: (piece.view(torch.float32) if array.dtype == np.float32 else piece).view(array.shape)
-        for (name, array), piece in zip(parameters.items(), pieces, strict=True)
+        name: (tensor.view(torch.float32) if array.dtype == np.float32 else tensor).view(array.shape)
+        for (name, array), tensor in zip(parameters.items(), tensors, strict=True)
     }
 
 
-def _apply_in_parts(recipe, normalized, hues_below, pixels, parameters):
+def _apply_in_chunks(recipe, normalized, hues_below, pixels, parameters):
     views = torch.empty(pixels.shape, device=pixels.device)
     for start in range(0, len(pixels), EAGER_BATCH):
-        part = slice(start, start + EAGER_BATCH)
-        some = {name: values[..., part] for name, values in parameters.items()}
-        views[part] = _apply(recipe, normalized, hues_below, pixels[part], some)
+        chunk = slice(start, start + EAGER_BATCH)
+        of_chunk = {name: values[..., chunk] for name, values in parameters.items()}
+        views[chunk] = _apply(recipe, normalized, hues_below, pixels[chunk], of_chunk)
     return views
 
 
 def _apply(recipe, normalized, hues_below, pixels, parameters):
-    """The published order, but the flip first, where it moves bytes: it commutes with all the rest."""
+    """Pixels to views. The flip comes first, where it moves bytes: it commutes with all the rest."""
     flip = parameters["flip"][:, None, None, None] > 0
     planes = torch.where(flip, pixels.flip(-1), pixels).unbind(1)
     if recipe.gray_p > 0 and recipe.gray_first:

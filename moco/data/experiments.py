@@ -1,10 +1,10 @@
 """Random bits, a shortcut that can be turned up: RandBit (Chen, Luo & Li 2021, arXiv 2011.02803, section 4).
 
-Every image gets B bits of its own, each a constant channel of zeros or ones beside the picture's three, the
-same in both views whatever the augmentation does. So an encoder can tell 2^B groups of images apart without
-looking at a picture, and B sets how much of the instance task that solves. As in the authors' notebook
-(randbits_mnist.ipynb of google-research/simclr), the channels hold 0 and 1, and validation images have bits
-too, which say nothing about what they show.
+Every image gets B bits of its own, each a constant channel of zeros or ones after its three, the same in
+both views. So an encoder can distinguish 2^B groups of images without looking at the picture, and B sets how
+much of the instance task that solves. As in the authors' notebook (randbits_mnist.ipynb of
+google-research/simclr), the channels hold 0 and 1, and validation images have bits too, which do not depend
+on what they show.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def bits_of(seed, part, indices, bits):
 
 
 def with_channels(images, values):
-    """images (N, 3, H, W) and, behind, a constant channel for each of the values (N, B): (N, 3 + B, H, W)."""
+    """images (N, 3, H, W), then a constant channel for each of the values (N, B): (N, 3 + B, H, W)."""
     planes = values.to(images)[:, :, None, None].expand(-1, -1, *images.shape[2:])
     return torch.cat([images, planes], dim=1)
 

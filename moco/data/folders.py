@@ -13,7 +13,7 @@ from moco.seeds import ORDER, fold
 def data_folder(folder, dataset_root, dataset):
     """The Path of the folder that holds train/ and val/: `folder`, or dataset_root/dataset when it is None.
 
-    dataset "trifeature" is drawn when it is missing, in data/ without a dataset_root. Raises UserError.
+    The data set "trifeature" is drawn when it is missing, in data/ without a dataset_root. Raises UserError.
     """
     if folder and dataset_root:
         raise UserError(f"give either DIR ({folder}) or --dataset_root, not both")
@@ -50,7 +50,7 @@ def image_folder(folder, split):
         ) from error
 
 
-def labelled_folders(folder, factor=None):
+def labeled_folders(folder, factor=None):
     """(train, val, class names): the ImageFolders train/ and val/ of `folder`, whose class numbers agree.
 
     The classes are the sub-folders or, with a `factor` ("shape", "texture" or "color") of Trifeature, its
@@ -97,7 +97,7 @@ def targets_of(images):
 
 
 class EpochBatches:
-    """Which images are in which batch of an epoch: a function of (seed, epoch) alone.
+    """The numbers of the images in each batch of an epoch: a function of (seed, epoch) alone.
 
     The global batches are the same for every number of processes; process `rank` takes the rank-th part
     of each. Images that do not fill a global batch are left out of the epoch. len(): batches of an epoch.

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,20 +11,17 @@ from moco.data.cache import Cache
 from moco.data.decode import read_pixels
 from moco.data.folders import EpochBatches, paths_of, targets_of
 from moco.data.pil import center_resize, crop_resize, photometric
-from moco.data.ring import Batch, RingLoader
+from moco.data.ring import RingLoader
 from moco.errors import UserError, printable
 from moco.seeds import REPLACE, fold
 
-__all__ = ["Batch", "TrainLoader", "ValidationLoader", "batch_per_process"]
-
-TRIES = 100  # images that may be bad one after the other: with half of all, never; without the disk, soon
-CPU = torch.device("cpu")
+TRIES = 100  # replacements of a bad image: enough when half of all are bad; soon over without the disk
 
 
 def batch_per_process(batch_size, processes, bn_splits=1, views=2):
     """The images of a step in one of the `processes` of a node, which share --batch-size. Raises UserError.
 
-    bn_splits: the groups of BatchNorm in a process. views: with several, each group needs 2 images at least.
+    bn_splits: BatchNorm groups of a process; with several `views`, each needs at least 2 images.
     """
     if batch_size % processes:
         raise UserError(
@@ -42,22 +38,40 @@ def batch_per_process(batch_size, processes, bn_splits=1, views=2):
 class TrainLoader:
     """Batches of augmented views of shuffled images; each is a function of (seed, epoch, step) and its rank.
 
-    images: an ImageFolder; recipe: a moco.data.augment.Recipe; size: pixels of a view's side. batch_size: of
-    this process, which is one of world_size; a step takes global_batch images in all of them, and an epoch
-    leaves out what does not fill a step. views: of an image. resize: "pil" or "torch" (moco.data.pil).
-    photometric: workers also apply the recipe's jitter, grayscale, blur and flip; without it the batch's
-    records say what a moco.data.device.DeviceAugment does later. workers: processes, 0 for none. cache: a
-    moco.data.cache.Cache of the images, or None. on_bad_image: "error", or "skip" to put another image in the
-    place of one that cannot be read and say so. device: where batches are wanted.
+    images: an ImageFolder; recipe: a moco.data.augment.Recipe; size: pixels of a view's side
+    batch_size: of this process, which is one of world_size; a step takes global_batch images in all of them,
+        and images that do not fill a step are left out of the epoch
+    views: of an image
+    resize: "pil" or "torch" (moco.data.pil)
+    photometric: whether workers also apply the recipe's jitter, grayscale, blur and flip; without it a
+        moco.data.device.DeviceAugment applies them later, by the batch's records
+    workers: processes, 0 for none
+    cache: a moco.data.cache.Cache of the images, or None
+    on_bad_image: "error", or "skip" to take another image in the place of one that cannot be read
+    device: where pixels and targets of batches are wanted
 
     len(): steps of an epoch. transport: a clause for the start of a run. How long a batch is valid:
     moco.data.ring.RingLoader. Raises UserError when there are fewer images than a step takes.
     """
 
     def __init__(
-        self, images, recipe, *, size, batch_size, seed, rank=0, world_size=1, views=2, resize="pil",
-        photometric=True, workers=0, cache=None, on_bad_image="error", device=CPU,
-    ):  # fmt: skip
+        self,
+        images,
+        recipe,
+        *,
+        size,
+        batch_size,
+        seed,
+        rank=0,
+        world_size=1,
+        views=2,
+        resize="pil",
+        photometric=True,
+        workers=0,
+        cache=None,
+        on_bad_image="error",
+        device="cpu",
+    ):
         self.global_batch = batch_size * world_size
         if len(images) < self.global_batch:
             raise UserError(
@@ -73,9 +87,10 @@ class TrainLoader:
         return len(self._batches)
 
     def epoch(self, epoch, first_step=0):
-        """An iterator over this process's Batches of an epoch from `first_step` on; it ends one under way.
+        """An iterator over this process's Batches (moco.data.ring) of an epoch from `first_step` on.
 
-        The workers begin at once. Iterating raises UserError, which names the file when an image is bad.
+        The workers begin at once; an epoch under way is ended. Iterating raises UserError, which names the
+        file when an image is bad.
         """
         parts = self._batches.indices(epoch)[first_step:]
         return self._ring.epoch([(epoch, index) for index in part.tolist()] for part in parts)
@@ -86,17 +101,27 @@ class TrainLoader:
 
 
 class ValidationLoader:
-    """Batches of the images' central views (views=1), in their order; iterating goes through them once.
+    """Batches of the images' central views (views=1), in order; iterating goes through them once.
 
-    Over all processes every image comes once: process `rank` of world_size has those numbered rank,
+    Every image is in one batch of one process: process `rank` of world_size has those numbered rank,
     rank + world_size, ... The last batch may be smaller. skip_bad: an image that cannot be read is black and
-    has target -1, instead of a UserError. All else as in TrainLoader.
+    has target -1, instead of a UserError. The other arguments are as in TrainLoader.
     """
 
     def __init__(
-        self, images, *, size, batch_size, rank=0, world_size=1, resize="pil", workers=0, cache=None,
-        skip_bad=False, device=CPU,
-    ):  # fmt: skip
+        self,
+        images,
+        *,
+        size,
+        batch_size,
+        rank=0,
+        world_size=1,
+        resize="pil",
+        workers=0,
+        cache=None,
+        skip_bad=False,
+        device="cpu",
+    ):
         share = range(rank, len(images.samples), world_size)
         self._batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
         source = _Images(paths_of(images), targets_of(images), cache)
@@ -120,6 +145,8 @@ class ValidationLoader:
 
 @dataclass
 class _Images:
+    """The images of a data set, read from their files or from a cache, by number."""
+
     paths: list
     targets: np.ndarray  # int64 (N,)
     cache: Cache | None
@@ -128,10 +155,10 @@ class _Images:
     def pixels(self, index):
         return read_pixels(self.paths[index]) if self.cache is None else self.cache.read(index)
 
-    def name(self, index, sentence, instead):
+    def name_once(self, index, error, consequence):
         if index not in self.named:
             self.named.add(index)
-            print(f"bad image: {sentence}; {instead}", file=sys.stderr, flush=True)
+            print(f"bad image: {error}; {consequence}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -146,32 +173,32 @@ class _TrainingSample:
     photometric: bool
     skip: bool
 
-    def __call__(self, slot: Any, position, key):
+    def __call__(self, slot, position, key):
         epoch, index = key
-        taken, image = self._read(epoch, index) if self.skip else (index, self.images.pixels(index))
+        used, image = self._read(epoch, index) if self.skip else (index, self.images.pixels(index))
         height, width = image.shape[:2]
-        # An image in another's place gets the other's draws, unlike in its own turn.
+        # A replacement gets the draws of the image that it replaces, unlike in its own turn.
         records = draw(self.recipe, width, height, self.seed, epoch, index, len(slot.pixels))
         for record, view in zip(records, torch.from_numpy(slot.pixels[:, position]).unbind(), strict=True):
             crop_resize(image, record, self.size, self.resize, out=view)
             if self.photometric:
                 view.copy_(photometric(view, record, self.recipe.gray_first))
         slot.records[:, position] = records
-        slot.targets[position], slot.indices[position] = self.images.targets[taken], index
+        slot.targets[position], slot.indices[position] = self.images.targets[used], index
 
     def _read(self, epoch, index):
-        """(number, pixels) of image `index` or of the first that can be read of those drawn in its place."""
-        taken = index
+        """(number, pixels) of image `index`, or of its first replacement that can be read."""
+        used = index
         for attempt in range(TRIES + 1):
             try:
-                return taken, self.images.pixels(taken)
+                return used, self.images.pixels(used)
             except UserError as error:
-                sentence = error.sentence
-                self.images.name(taken, sentence, "another is taken in its place")
-            taken = fold(self.seed, REPLACE, epoch, index, attempt) % len(self.images.paths)
+                last = error
+                self.images.name_once(used, error, "another is taken in its place")
+            used = fold(self.seed, REPLACE, epoch, index, attempt) % len(self.images.paths)
         raise UserError(
             f"{printable(self.images.paths[index])} cannot be read, nor can {TRIES} images drawn in its "
-            f"place, at last: {sentence} (python -m moco.check names all)"
+            f"place, the last because {last} (python -m moco.check names all)"
         )
 
 
@@ -184,19 +211,15 @@ class _ValidationSample:
     resize: str
     skip: bool
 
-    def __call__(self, slot: Any, position, key):
+    def __call__(self, slot, position, key):
         view = torch.from_numpy(slot.pixels[0, position])
         slot.records[:, position] = np.zeros((), VIEW)
         slot.targets[position], slot.indices[position] = self.images.targets[key], key
         try:
-            image = self.images.pixels(key)
+            center_resize(self.images.pixels(key), self.size, self.resize, out=view)
         except UserError as error:
             if not self.skip:
-                raise UserError(
-                    f"{error.sentence} (validation counts every image, so it skips none)"
-                ) from error
-            self.images.name(key, error.sentence, "it is left out")
+                raise UserError(f"{error} (validation counts every image, so it skips none)") from error
+            self.images.name_once(key, error, "it is left out")
             view.zero_()
             slot.targets[position] = -1
-            return
-        center_resize(image, self.size, self.resize, out=view)

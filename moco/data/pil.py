@@ -1,6 +1,6 @@
 """What was drawn (moco.data.augment), applied on a CPU: crop and resize, color operations, blur, flip.
 
-An image is a PIL image in RGB or uint8 (H, W, 3), as moco.data.decode reads it; a view is uint8 3 x S x S.
+An image is uint8 (H, W, 3), as moco.data.decode reads it; a view is uint8 3 x S x S.
 """
 
 import numpy as np
@@ -16,11 +16,8 @@ def crop_resize(image, view, size, resize, out=None):
     CPU tensor of that shape with any strides, is filled and returned when given.
     """
     top, left, height, width = view.item()[:4]  # three times as fast as by name
-    if isinstance(image, Image.Image):
-        crop = image.crop((left, top, left + width, top + height))
-    else:
-        crop = image[top : top + height, left : left + width]
-    if resize == "torch" and out is not None:  # without a copy when `out` has interleaved channels
+    crop = image[top : top + height, left : left + width]
+    if resize == "torch" and out is not None:  # in half the time when `out` has interleaved channels
         torch.ops.aten._upsample_bilinear2d_aa.out(
             _planar(crop)[None], [size, size], False, None, None, out=out[None]
         )
@@ -29,12 +26,12 @@ def crop_resize(image, view, size, resize, out=None):
 
 
 def center_resize(image, size, resize, out=None):
-    """The view for validation: uint8 3 x size x size, `out` when given.
+    """The view of `image` for validation: uint8 3 x size x size, `out` when given.
 
     The shorter side becomes 256/224 of `size`, as published for 224; what is cut out of the center is
     torchvision's Resize and CenterCrop to the pixel. resize, out: as in crop_resize.
     """
-    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    height, width = image.shape[:2]
     short = round(size * 256 / 224)
     if width <= height:
         width, height = short, int(short * height / width)
@@ -46,7 +43,7 @@ def center_resize(image, size, resize, out=None):
 
 
 def photometric(pixels, view, gray_first):
-    """Jitter, grayscale, blur and flip as `view` says, by the published operations on PIL images.
+    """Jitter, grayscale, blur and flip of a view as its record `view` says, by PIL: uint8 3 x H x W.
 
     pixels: uint8 3 x H x W with any strides; so is the result. gray_first: MoCo v1's order
     (moco.data.augment.Recipe).
@@ -62,7 +59,7 @@ def photometric(pixels, view, gray_first):
         image = image.filter(ImageFilter.GaussianBlur(radius=float(view["sigma"])))
     if view["flip"]:
         image = functional.hflip(image)
-    return _planar(image)
+    return _planar(np.array(image))
 
 
 def _jitter(image, view):
@@ -82,10 +79,7 @@ def _jitter(image, view):
 def _resized(image, height, width, resize):
     """An image resized, bilinear and antialiased: uint8 3 x height x width, with any strides."""
     if resize == "pil":
-        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        return _planar(image.resize((width, height), Image.Resampling.BILINEAR))
-    if resize != "torch":
-        raise ValueError(f'resize is "pil" or "torch", not {resize!r}')
+        return _planar(np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)))
     size = height, width
     return torch.nn.functional.interpolate(_planar(image)[None], size, mode="bilinear", antialias=True)[0]
 
@@ -95,8 +89,8 @@ def _planar(image):
 
     It refers to the pixels of a writable array, which is all that torch takes, and copies others.
     """
-    writable = isinstance(image, np.ndarray) and image.flags.writeable
-    return torch.from_numpy(image if writable else np.array(image, order="C")).permute(2, 0, 1)
+    writable = image if image.flags.writeable else np.array(image, order="C")
+    return torch.from_numpy(writable).permute(2, 0, 1)
 
 
 def _write(pixels, out):

@@ -1,13 +1,15 @@
 """Batches that worker processes write into memory which they share with the training process.
 
-torch's DataLoader starts and watches the workers, hands out tasks, keeps the order and carries errors. What
-it would do badly is to carry pixels: it makes a new shared file for each batch and copies the batch once
-more. Here it carries only slot numbers; the pixels stay in a ring of slots in anonymous shared memory, which
-forked workers inherit: no file in /dev/shm, no copy and no page fault per batch.
+torch's DataLoader would make a new shared file for each batch and copy the batch once more. Here the pixels
+stay in a ring of slots in anonymous shared memory, which forked workers inherit: no file in /dev/shm, no copy
+and no page fault per batch. Only the samples' keys and the numbers of slots go through pipes.
 """
 
+import collections
 import contextlib
 import ctypes
+import functools
+import itertools
 import math
 import mmap
 import multiprocessing
@@ -15,14 +17,14 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import traceback
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from moco.data.augment import VIEW
-from moco.errors import UserError, worker_death
+from moco.errors import UserError
 from moco.progress import in_words
 
 PREFETCH = 2  # tasks that a worker has at a time
@@ -51,8 +53,8 @@ class RingLoader:
     views, batch_size, size: a batch has at most batch_size samples of `views` views of size x size pixels.
     device: where pixels and targets of a batch are wanted.
 
-    A batch is made by all workers together, in parts, so that the first batch of an epoch takes the time of a
-    batch divided by the workers, and few slots are enough. On the CPU its pixels are a view of the ring: they
+    All workers make a batch together, in parts, so that the first batch of an epoch takes the time of a batch
+    divided by the workers, and few slots are enough. On the CPU a batch's pixels are a view of the ring: they
     are valid until the third batch after it is asked for; clone what you keep. On CUDA the ring is pinned, a
     batch is copied without waiting, and a slot is written to again when its copy has ended.
 
@@ -61,9 +63,9 @@ class RingLoader:
     """
 
     def __init__(self, fill, views, batch_size, size, workers=0, device="cpu"):
-        task = math.ceil(batch_size / max(1, min(workers, batch_size // SMALLEST_TASK)))
-        ahead = math.ceil(workers * PREFETCH / math.ceil(batch_size / task))
-        slots = ahead + 3  # being made, and: about to be taken, the caller's, the two before that
+        self._task = math.ceil(batch_size / max(1, min(workers, batch_size // SMALLEST_TASK)))  # samples
+        ahead = math.ceil(workers * PREFETCH / math.ceil(batch_size / self._task))
+        self.slots = ahead + 3  # those being made, the one that the caller has, and the two before it
         try:
             layout = np.dtype(
                 [
@@ -74,33 +76,30 @@ class RingLoader:
                 ],
                 align=True,
             )
-            self._memory = np.frombuffer(mmap.mmap(-1, slots * layout.itemsize), layout)
+            self._memory = np.frombuffer(mmap.mmap(-1, self.slots * layout.itemsize), layout)
         except (OSError, OverflowError, ValueError) as error:  # ValueError: a batch above 2 GB
             raise UserError(
-                f"the loader's batches need {in_words(slots * views * batch_size * size**2 * 3)} of memory "
-                f"({error}); lower --batch-size, --image-size or -j"
+                f"the loader's batches need {in_words(self.slots * views * batch_size * size**2 * 3)} of "
+                f"memory ({error}); lower --batch-size, --image-size or -j"
             ) from error
-        self.batch_size, self.device, self.slots = batch_size, torch.device(device), slots
-        through = f"{in_words(self._memory.nbytes)} of shared memory"
-        many = "1 data worker" if workers == 1 else f"{workers} data workers"
-        self.transport = f"{many}, batches through {through}" if workers else "no data workers"
+        self.device = torch.device(device)
+        self.transport = f"{workers} data worker(s), {in_words(self._memory.nbytes)} of shared memory"
         self._arrays = [
             Batch(np.moveaxis(slot["pixels"], -1, 2), slot["targets"], slot["records"], slot["indices"])
             for slot in self._memory
         ]
-        self._tasks = _Tasks(batch_size, task, slots)
-        self._workers = Workers(_Writer(fill, self._arrays), self._tasks, workers)
+        self._workers = Workers(functools.partial(_write, fill, self._arrays), workers)
         self._epoch = self._taken = 0  # which epoch is the current one; batches given to the caller in all
-        self._stream, self._unpin = None, lambda: None
+        self._stream, self._copied = None, [None] * self.slots  # of copies to CUDA; an event per slot
+        self._unpin = lambda: None
 
     def epoch(self, batches):
-        """An iterator over the Batches of an epoch, whose first tasks are handed out at once.
+        """An iterator over the Batches of an epoch, whose first parts are handed out at once.
 
         batches: an iterable of lists of keys, batch_size in all but the last. It ends an epoch under way.
         """
         self._epoch += 1
-        self._tasks.batches, self._tasks.number = batches, self._taken
-        answers = iter(self._workers)
+        answers = self._workers.map(self._tasks(batches))
         if self.device.type == "cuda" and self._stream is None:
             self._pin()  # when the workers have started, which then know nothing of it
         return self._batches(answers, self._epoch)
@@ -111,139 +110,167 @@ class RingLoader:
         self._workers.close()
         self._unpin()
 
+    def _tasks(self, batches):
+        """The arguments of `_write` for the batches, each made when a worker has room for it."""
+        for number, keys in enumerate(batches, self._taken):
+            slot = number % self.slots
+            if self._copied[slot] is not None:
+                self._copied[slot].synchronize()
+            for first in range(0, len(keys), self._task):
+                part = keys[first : first + self._task]
+                yield slot, first, part, first + len(part) == len(keys)
+
     def _batches(self, answers, epoch):
         while True:
             if epoch != self._epoch:
                 raise RuntimeError("this epoch was ended by a later one of the same loader, or by close()")
-            whole = next((answer for answer in answers if answer[-1]), None)  # after the last part come all
-            if whole is None:
+            complete = next(filter(None, answers), None)
+            if complete is None:
                 return
             self._taken += 1
-            yield self._batch(*whole[:2])
+            yield self._batch(*complete)
 
-    def _batch(self, number, count):
-        slot = self._arrays[number]
-        pixels = torch.from_numpy(self._memory[number]["pixels"])[:, :count]
-        targets = torch.from_numpy(slot.targets[:count])
+    def _batch(self, slot, count):
+        arrays = self._arrays[slot]
+        pixels = torch.from_numpy(self._memory[slot]["pixels"])[:, :count]
+        targets = torch.from_numpy(arrays.targets[:count])
         if self.device.type == "cuda":
-            (pixels, targets), self._tasks.copied[number] = _copies((pixels, targets), self._stream)
+            (pixels, targets), self._copied[slot] = _copies((pixels, targets), self._stream)
         else:
             targets = targets.clone()
-        records, indices = slot.records[:, :count].copy(), slot.indices[:count].copy()
+        records, indices = arrays.records[:, :count].copy(), arrays.indices[:count].copy()
         return Batch(pixels.permute(0, 1, 4, 2, 3), targets, records, indices)
 
     def _pin(self):
         self._stream = torch.cuda.Stream(self.device)
-        cuda, memory, copied = torch.cuda.cudart(), self._memory, self._tasks.copied
-        code = cuda.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-        if int(code) != 0:
+        cuda, memory = torch.cuda.cudart(), self._memory
+        code = int(cuda.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+        if code == 0:
+            self._unpin = multiprocessing.util.Finalize(self, _unpin, (cuda, memory, self._copied))
+        else:
             print(
-                f"note: CUDA cannot pin the loader's {in_words(memory.nbytes)} (error {int(code)}); copies "
-                "to the device take longer",
+                f"note: CUDA cannot pin the loader's {in_words(memory.nbytes)} (error {code}); copies to the "
+                "device take longer",
                 file=sys.stderr,
                 flush=True,
             )
-            return
-        self._unpin = multiprocessing.util.Finalize(self, _unpin, (cuda, memory, copied))
 
 
 class Workers:
-    """A DataLoader without batching: iterates over dataset[task] for the `tasks`, computed by forked workers.
+    """`count` forked processes that compute `function` (0: this process does).
 
-    The workers live until close(), or until this object or this process ends, however that ends; signals they
-    leave to this process. Iterating raises UserError for one that a worker raised and when a worker died.
+    They live until close(), or until this object or this process ends, however that ends. Signals they leave
+    to this process.
     """
 
-    def __init__(self, dataset, tasks, workers):
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=tasks,
-            collate_fn=_unchanged,
-            generator=torch.Generator(),  # torch's own stays where the caller left it
-            num_workers=workers,
-            worker_init_fn=_start_worker,
-            multiprocessing_context="fork" if workers else None,
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-        )
-        # A process joins its children before it calls what atexit knows, in one that was spawned, and the
-        # workers do not hear the SIGTERM that is to end them; a finalizer of this priority comes before.
-        self.close = multiprocessing.util.Finalize(self, _end_workers, (self._loader,), exitpriority=100)
+    def __init__(self, function, count):
+        self.function, self.count = function, count
+        self._started = []  # (process, our end of its pipe)
+        self._awaited = collections.deque()  # those of _started that owe an answer, in the tasks' order
+        # A spawned process joins its children before it calls what atexit knows, and the workers do not hear
+        # the SIGTERM that is to end them. A finalizer with this priority is called earlier.
+        self.close = multiprocessing.util.Finalize(self, _end, (self._started,), exitpriority=100)
 
-    def __iter__(self):
-        """Start; the first tasks are handed out before this returns."""
+    def map(self, tasks):
+        """An iterator over function(task) for each task, in order; the first tasks are handed out at once.
+
+        It ends an iteration under way. Raises UserError for one that a worker raised, and when a worker
+        cannot be started or died.
+        """
         if not self.close.still_active():
             raise RuntimeError("this loader is closed")
-        with worker_errors(), _signals_withheld():
-            try:
-                answers = iter(self._loader)
-            except OSError as error:
-                raise UserError(
-                    f"the data workers cannot be started ({error}); /dev/shm must be writable and not full "
-                    "(docker run --shm-size=1g); -j 0 needs no workers"
-                ) from error
-        return self._answers(answers)
+        if self.count == 0:
+            return map(self.function, tasks)
+        if not self._started:
+            self._start()
+        while self._awaited:  # by the iteration that ends
+            self._receive()
+        pairs = zip(itertools.cycle(self._started), tasks)  # noqa: B905, a cycle has no end
+        self._hand_out(pairs, PREFETCH * self.count)
+        return self._answers(pairs)
 
-    @staticmethod
-    def _answers(answers):
-        while True:
-            with worker_errors():
-                try:
-                    answer = next(answers)
-                except StopIteration:
-                    return
+    def _answers(self, pairs):
+        while self._awaited:
+            answer, error = self._receive()
+            if error is not None:
+                raise error
+            self._hand_out(pairs, 1)
             yield answer
 
+    def _hand_out(self, pairs, count):
+        for worker, task in itertools.islice(pairs, count):
+            process, pipe = worker
+            try:
+                pipe.send(task)
+            except OSError:
+                raise _death(process) from None
+            self._awaited.append(worker)
 
-@contextlib.contextmanager
-def worker_errors():
-    """Turn what a DataLoader raises for a worker into a UserError: one that it raised, or its death."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(error.sentence) from None  # without the worker's traceback
-    except RuntimeError as error:
-        if death := worker_death(error):
-            raise death from error
-        raise
+    def _receive(self):
+        process, pipe = self._awaited.popleft()
+        try:
+            return pipe.recv()
+        except (EOFError, OSError):
+            raise _death(process) from None
 
-
-class _Tasks:
-    """The tasks of an epoch: (slot, first position, keys, last), each made when the DataLoader has room.
-
-    number: of the next batch in all, whose slot is number % slots; copied: an event per slot, or None.
-    """
-
-    def __init__(self, batch_size, task, slots):
-        self.batch_size, self.task, self.slots = batch_size, task, slots
-        self.batches, self.number, self.copied = (), 0, [None] * slots
-
-    def __iter__(self):
-        count = self.batch_size
-        for keys in self.batches:
-            if count < self.batch_size or len(keys) > self.batch_size:
-                raise ValueError(f"a batch that is not the last has not {self.batch_size} samples")
-            count, slot = len(keys), self.number % self.slots
-            self.number += 1
-            if self.copied[slot] is not None:
-                self.copied[slot].synchronize()
-            for first in range(0, count, self.task):
-                part = keys[first : first + self.task]
-                yield slot, first, part, first + len(part) == count
+    def _start(self):
+        context = multiprocessing.get_context("fork")
+        try:
+            with _signals_withheld():
+                for _ in range(self.count):
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_work, args=(self.function, theirs), daemon=True)
+                    process.start()
+                    theirs.close()  # so that the pipe ends when the worker does
+                    self._started.append((process, ours))
+        except OSError as error:
+            _end(self._started)
+            raise UserError(
+                f"the data workers cannot be started ({error}); lower -j, or use -j 0, which needs none"
+            ) from error
 
 
-class _Writer(Dataset):
-    """Does a task: (slot, samples up to here, whether the batch is complete)."""
+def _write(fill, slots, task):
+    """Write a part of a batch. Returns (slot, samples of the batch) for its last part, else None."""
+    slot, first, keys, last = task
+    for position, key in enumerate(keys, first):
+        fill(slots[slot], position, key)
+    return (slot, first + len(keys)) if last else None
 
-    def __init__(self, fill, slots):
-        self.fill, self.slots = fill, slots
 
-    def __getitem__(self, task):
-        slot, first, keys, last = task
-        for position, key in enumerate(keys, first):
-            self.fill(self.slots[slot], position, key)
-        return slot, first + len(keys), last
+def _work(function, pipe):
+    """What a worker runs: it answers each task by (function(task), None) or (None, an exception)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the training process
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
+        os._exit(0)
+    torch.set_num_threads(1)
+    while True:
+        task = pipe.recv()
+        try:
+            answer = function(task), None
+        except UserError as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(f"in a data worker:\n{traceback.format_exc()}")
+        pipe.send(answer)
+
+
+def _end(workers):
+    for process, _ in workers:
+        process.kill()  # also in the middle of a sample: nobody reads any more what it writes
+    for process, pipe in workers:
+        process.join()
+        pipe.close()
+    workers.clear()
+
+
+def _death(process):
+    process.join()
+    code = process.exitcode
+    how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
+    return UserError(
+        f"data worker {process.pid} exited unexpectedly ({how}); if memory ran out, lower -j or --batch-size"
+    )
 
 
 @contextlib.contextmanager
@@ -257,30 +284,6 @@ def _signals_withheld():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(_):
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the training process
-    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
-        os._exit(0)
-
-
-def _end_workers(loader):
-    answers = loader._iterator
-    if answers is None:  # none was started
-        return
-    # Nobody reads any more what they write, so they may end in the middle of a sample. torch is neither to
-    # take that for a failure, nor to wait for locks that they may have held.
-    answers._shutdown = True
-    if answers._worker_pids_set:
-        torch.utils.data._utils.signal_handling._remove_worker_pids(id(answers))
-        answers._worker_pids_set = False
-    for worker in answers._workers:
-        worker.kill()
-    for worker in answers._workers:
-        worker.join()
-    for queue in answers._index_queues:
-        queue.cancel_join_thread()
 
 
 def _copies(tensors, stream):
@@ -303,7 +306,3 @@ def _unpin(cuda, memory, copied):
         if event is not None:
             event.synchronize()
     cuda.cudaHostUnregister(memory.ctypes.data)
-
-
-def _unchanged(item):
-    return item

@@ -231,7 +231,7 @@ def restore(checkpoint, path, probes, optimizer, results, epochs):
     if checkpoint.get("step"):
         raise UserError(
             f"{path} was saved within an epoch, and linear evaluation continues from the end of one: use "
-            "--resume checkpoint_previous.pth.tar, or start anew in another --output-dir"
+            "--resume checkpoint_previous.pth.tar, or start a new run in another --output-dir"
         )
     if not isinstance(checkpoint.get("epoch"), int) or "optimizer" not in checkpoint:
         raise UserError(f"{path} has no optimizer state, so no run can continue from it")
@@ -241,7 +241,7 @@ def restore(checkpoint, path, probes, optimizer, results, epochs):
         if max(len(saved), len(results.lrs)) > 1 and before != here:
             raise UserError(
                 f"{path} is of --lr {before}, not {here}: continue with the same values in the same order, "
-                "or start anew without --resume"
+                "or start a new run without --resume"
             )
         for i, head in enumerate(saved):
             load_strictly(probes.each[i], head["state_dict"], path)
@@ -258,7 +258,7 @@ def restore(checkpoint, path, probes, optimizer, results, epochs):
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a checkpoint of linear evaluation ({first_line(error)})") from error
     if checkpoint["epoch"] >= epochs:
-        raise UserError(f"{path} has finished {checkpoint['epoch']} epochs; raise --epochs to go on")
+        raise UserError(f"{path} has finished {checkpoint['epoch']} epochs; raise --epochs to continue")
     return checkpoint["epoch"]
 
 
@@ -273,7 +273,7 @@ def check_classes(checkpoint, path, classes):
         first = f" (first difference: {differ[0][0]} there, {differ[0][1]} here)" if differ else ""
         raise UserError(
             f"{path} has {len(before)} classes, the data set has {len(classes)} others{first}; give the "
-            "folder and --target of that run, or start anew without --resume"
+            "folder and --target of that run, or start a new run without --resume"
         )
 
 

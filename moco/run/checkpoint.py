@@ -1,5 +1,6 @@
-"""Checkpoints of both programs: written whole or not at all, found again, and read without running code."""
+"""Checkpoints of both programs: complete or absent, found again, and read without running code."""
 
+import contextlib
 import io
 import os
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moco.errors import UserError, first_line
-from moco.files import atomic_file
+from moco.files import atomic_file, locked
 
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 WRAPPER_PREFIX = "module."  # of DistributedDataParallel, in front of the names in published files
@@ -17,7 +18,7 @@ COMPILE_MARK = "_orig_mod."  # of torch.compile, in files of other programs
 
 
 def save(checkpoint, path, before=None):
-    """torch.save a dict of tensors and plain values to `path`, which shows the old file or the whole new one.
+    """torch.save a dict of tensors and plain values to `path`, which is the old file or the complete new one.
 
     before: the name that the old file gets, if it is to stay. Raises UserError when it cannot be written.
     """
@@ -109,10 +110,10 @@ def check_arch(checkpoint, arch, path):
         raise UserError(f"{path} is of -a {checkpoint['arch']}, not of -a {arch}")
 
 
-def load_strictly(model, state_dict, path, may_miss=()):
+def load_strictly(model, state_dict, path, may_miss=(), advice="name a checkpoint of the same architecture"):
     """Load `state_dict` into `model`; both must have the same tensors, except for the names `may_miss`.
 
-    Raises UserError that names what is missing, unexpected or of another shape.
+    Raises UserError that names what is missing, unexpected or of another shape, and ends in `advice`.
     """
     own = model.state_dict()
     missing = sorted(own.keys() - state_dict.keys() - set(may_miss))
@@ -129,10 +130,7 @@ def load_strictly(model, state_dict, path, may_miss=()):
     )
     wrong = [f"{what} {_some(names)}" for what, names in problems if names]
     if wrong:
-        raise UserError(
-            f"{path} does not fit this model ({'; '.join(wrong)}); check --arch, --moco-dim, --moco-k and "
-            "--mlp against those of the checkpoint"
-        )
+        raise UserError(f"{path} does not fit this model ({'; '.join(wrong)}); {advice}")
     model.load_state_dict(state_dict, strict=not may_miss)
 
 
@@ -145,12 +143,13 @@ def restore(checkpoint, path, model, optimizer, scaler, epochs):
     epoch, step, state = checkpoint.get("epoch"), checkpoint.get("step", 0), checkpoint.get("optimizer")
     if not (isinstance(epoch, int) and isinstance(step, int) and isinstance(state, dict)):
         raise UserError(f"{path} has no optimizer state, so no run can continue from it")
-    load_strictly(model, checkpoint["state_dict"], path)
+    advice = "check --arch, --moco-dim, --moco-k and --mlp against those of the checkpoint"
+    load_strictly(model, checkpoint["state_dict"], path, advice=advice)
     load_optimizer(optimizer, state, path)
     if scaler.is_enabled() and "scaler" in checkpoint:
         scaler.load_state_dict(checkpoint["scaler"])
     if epoch >= epochs:
-        raise UserError(f"{path} has finished {epoch} epochs; raise --epochs to go on")
+        raise UserError(f"{path} has finished {epoch} epochs; raise --epochs to continue")
     return epoch, step
 
 
@@ -206,8 +205,8 @@ class Checkpoints:
     """Pre-training's files: checkpoint_0007.pth.tar after epoch 7, checkpoint_0008_000120.pth.tar after 120
     steps of epoch 8.
 
-    keep: how many of the newest epochs stay; save_freq: every such epoch stays besides (0: none). While a run
-    goes on, the file before the newest stays as well, should the newest be damaged.
+    keep: how many of the newest epochs stay; save_freq: every such epoch stays too (0: none). During a run
+    the file before the newest stays as well, should the newest be damaged.
     """
 
     def __init__(self, folder, rank, keep=1, save_freq=0):
@@ -223,15 +222,18 @@ class Checkpoints:
         resume, overwrite: --resume and --overwrite. All ranks call it together and get the same. Raises
         UserError, before any file is touched, when the folder has checkpoints that the run would mix with.
         """
+        self._lock = _lock(self.folder, self.rank)
         source = _source(self.newest_first(), resume, self.rank)
-        position = (0, 0)
-        checkpoint = {}
-        if source:
-            checkpoint = read(source)
-            position = checkpoint.get("epoch", 0), checkpoint.get("step", 0)
-        beyond = [path for path in self.newest_first() if _position(path) > position]
+        checkpoint = read(source) if source else {}
+        if source and not any(name.startswith("encoder_q.") for name in checkpoint["state_dict"]):
+            raise UserError(f"{source} is not of pre-training, so main_moco.py cannot continue it")
+        _check_types(checkpoint, source)
         if resume != "auto":
-            _refuse_or_remove(beyond, overwrite, self.folder, self.rank)
+            others, position = self.newest_first(), (0, 0)
+            if source and Path(source).resolve().parent == self.folder.resolve():
+                position = checkpoint.get("epoch", 0), checkpoint.get("step", 0)
+                others = [path for path in others if _position(path) > position]
+            _refuse_or_remove(others, position > (0, 0), overwrite, self.folder, self.rank)
         _remove_partial(self.folder, self.rank)
         return source, checkpoint
 
@@ -254,7 +256,7 @@ class Checkpoints:
         return path
 
     def finish(self):
-        """Remove the file that stays only while a run goes on."""
+        """Remove the file that stays only during a run."""
         if self.rank.is_first and (paths := self.newest_first()):
             self._prune(paths[0], self.keep)
 
@@ -268,7 +270,7 @@ class Checkpoints:
 
 
 class LinearCheckpoints:
-    """Linear evaluation's files: checkpoint.pth.tar (newest), model_best.pth.tar, and while the run goes on
+    """Linear evaluation's files: checkpoint.pth.tar (newest), model_best.pth.tar, and during the run
     checkpoint_previous.pth.tar, should the newest be damaged.
     """
 
@@ -283,12 +285,15 @@ class LinearCheckpoints:
 
     def load(self, resume, overwrite=False):
         """As Checkpoints.load."""
+        self._lock = _lock(self.folder, self.rank)
         source = _source(self.newest_first(), resume, self.rank)
+        checkpoint = read(source) if source else {}
+        check_linear(checkpoint, source)
         others = [path for path in (self.newest, self.previous, self.best) if path.is_file()]
         if not source or Path(source).resolve() not in [path.resolve() for path in others]:
-            _refuse_or_remove(others, overwrite, self.folder, self.rank)
+            _refuse_or_remove(others, False, overwrite, self.folder, self.rank)
         _remove_partial(self.folder, self.rank)
-        return source, read(source) if source else {}
+        return source, checkpoint
 
     def save(self, checkpoint, best=None):
         """Write `checkpoint` and, if given, `best` to model_best.pth.tar, on rank 0. Raises UserError."""
@@ -298,7 +303,7 @@ class LinearCheckpoints:
             save(checkpoint, self.newest, before=self.previous)
 
     def finish(self):
-        """Remove the file that stays only while a run goes on."""
+        """Remove the file that stays only during a run."""
         if self.rank.is_first:
             self.previous.unlink(missing_ok=True)
 
@@ -315,31 +320,81 @@ def _source(newest_first, resume, rank):
                 found = str(path)
                 break
             except UserError as error:
-                damaged.append(error.sentence)
+                damaged.append(str(error))
     found, damaged = rank.broadcast((found, damaged))
     for sentence in damaged:
         rank.print(f"warning: {sentence}; trying the one before")
     if damaged and found is None:
         raise UserError(
-            f"none of the {len(damaged)} checkpoints in --output-dir can be read; to start anew remove them, "
+            f"none of the {len(damaged)} checkpoints in --output-dir can be read; remove them for a new run, "
             "or use --overwrite without --resume"
         )
     rank.print(f"--resume auto: {found or 'no checkpoint yet, a new run'}")
     return found
 
 
-def _refuse_or_remove(others, overwrite, folder, rank):
-    """Raise UserError when the folder has checkpoints of another run, or with `overwrite` remove them."""
+def _refuse_or_remove(others, later, overwrite, folder, rank):
+    """Raise UserError when the folder has checkpoints of another course, or with `overwrite` remove them.
+
+    later: they are later ones than the one to continue from, not of another run.
+    """
     if others := rank.broadcast([str(path) for path in others]):
         if not overwrite:
+            of = "later than the one to continue from" if later else "of another run"
             raise UserError(
-                f"--output-dir {folder} has checkpoints of another run, such as {Path(others[0]).name}: "
-                "continue it with --resume auto, choose another folder, or remove them with --overwrite"
+                f"--output-dir {folder} has checkpoints {of}, such as {Path(others[0]).name}: continue from "
+                "the newest with --resume auto, choose another folder, or remove them with --overwrite"
             )
         if rank.is_first:
             for path in others:
                 os.unlink(path)
         rank.barrier()
+
+
+def _lock(folder, rank):
+    """Lock an output folder, on rank 0, for as long as the returned object lives.
+
+    Raises UserError on all ranks when another process has locked it.
+    """
+    held, sentence = contextlib.ExitStack(), None
+    holder = _holder(folder) if rank.is_first else None
+    if rank.is_first and holder != str(os.getpid()):
+        who = f" (process {holder})" if holder else ""
+        reason = f"another run{who} is using --output-dir {folder}: stop it, or choose another folder"
+        try:
+            held.enter_context(locked(folder, reason))
+        except UserError as error:
+            sentence = str(error)
+    if sentence := rank.broadcast(sentence):
+        raise UserError(sentence)
+    return held
+
+
+def _holder(folder):
+    """The number of the process that has locked a folder, as Linux tells it, or None."""
+    try:
+        inode = f":{os.stat(folder).st_ino}"
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return next((words[4] for words in lines if words[5].endswith(inode)), None)
+    except (OSError, IndexError):
+        return None
+
+
+def _check_types(checkpoint, path):
+    """Raise UserError when an entry from which a run continues is not of the type that is written."""
+    for name, kind in {"epoch": int, "step": int, "seed": int, "log": dict, "noted": dict}.items():
+        if not isinstance(checkpoint.get(name, kind()), kind):
+            found = type(checkpoint[name]).__name__
+            raise UserError(
+                f"{path} is not a checkpoint of this program: its entry {name} is of type {found}"
+            )
+
+
+def check_linear(checkpoint, path):
+    """Raise UserError when the checkpoint read from `path` is not one that linear evaluation can continue."""
+    if any(name.startswith("encoder_q.") for name in checkpoint.get("state_dict", ())):
+        raise UserError(f"{path} is of pre-training: give it as --pretrained, not as --resume")
+    _check_types(checkpoint, path)
 
 
 def _remove_partial(folder, rank):
@@ -364,7 +419,7 @@ def _unreadable(path, error):
     if not head:
         return f"{path} is empty; copy or download it again"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"{path} is a web page, not a checkpoint; open it to read what the server answered"
+        return f"{path} is a web page that a server sent instead of a checkpoint; download it again"
     calls = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
     if calls:
         return (

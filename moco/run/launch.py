@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.errors import UserError, first_line, worker_death
+from moco.errors import UserError, first_line
 from moco.run.resources import available_cores
 from moco.run.signals import EXIT_CODE, SIGNALS, exit_on_signal
 
@@ -180,8 +180,6 @@ def failure_of(error):
     text = str(error)
     if isinstance(error, UserError):
         return error, False
-    if death := worker_death(error):
-        return death, False
     if re.search("Connection (closed|reset) by peer|ncclRemoteError", text):
         return UserError("another process of the run ended; its message says why"), True
     # gloo, after a wait that took too long
@@ -295,9 +293,13 @@ def _said_after(seconds, line):
 def _spawn(worker, args, url, backend, variables):
     failures = torch.multiprocessing.get_context("spawn").SimpleQueue()
     arguments = (worker, args, url, backend, variables, failures, os.getpid())
-    context = torch.multiprocessing.spawn(_spawned, arguments, len(variables), join=False)
+    # Ranks start with signals blocked, until they can report what a signal does to them.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    passed_on = []
     try:
-        with _signals_passed_on(context.pids()):
+        context = torch.multiprocessing.spawn(_spawned, arguments, len(variables), join=False)
+        with _signals_passed_on(context.pids(), passed_on):
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             while context.sentinels:
                 ended = multiprocessing.connection.wait(context.sentinels)
                 first = [context.sentinels[sentinel] for sentinel in ended]
@@ -314,6 +316,8 @@ def _spawn(worker, args, url, backend, variables):
         )
         if is_consequence and silent:
             code = context.processes[silent[0]].exitcode
+            if -code in passed_on:  # before the rank had anything to save
+                code = 130 if -code == signal.SIGINT else EXIT_CODE
             if code in (EXIT_CODE, 130):
                 raise SystemExit(code) from None
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -330,6 +334,7 @@ def _spawned(index, worker, args, url, backend, variables, failures, parent):
     if os.getppid() != parent:  # it has ended already
         return
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _run(worker, args, url, backend, None, report=lambda report: failures.put((index, report)))
     except UserError as error:
         raise SystemExit(error.exit_code) from None
@@ -340,10 +345,11 @@ def _spawned(index, worker, args, url, backend, variables, failures, parent):
 
 
 @contextlib.contextmanager
-def _signals_passed_on(pids):
-    """The ranks decide what a signal to their parent means."""
+def _signals_passed_on(pids, passed_on):
+    """Send signals to the ranks `pids`, which decide what they mean; the list passed_on gets the numbers."""
 
     def pass_on(number, _):
+        passed_on.append(number)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

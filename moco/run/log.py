@@ -1,7 +1,7 @@
 """What a run prints and writes: upstream's console lines, log.jsonl, and TensorBoard's scalars.
 
 log.jsonl (linear.jsonl of a linear evaluation) has a line of JSON for each start, each printed step and each
-epoch. A resumed run appends; where a step or an epoch stands twice, the later line counts. Numbers of a step
+epoch. A resumed run appends; of a repeated step or epoch, the later line counts. Numbers of a step
 are rank 0's; images_per_s is of all ranks; memory_mb is rank 0's peak.
 """
 
@@ -29,7 +29,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 class Meters:
     """Time, data time, loss and accuracies of the steps of one pass over a loader, and their means.
 
-    title: such as "Epoch: [3]"; steps: of the whole pass; first_step: of this start; sums: of `state_dict`,
+    title: such as "Epoch: [3]"; steps: of the pass; first_step: of this start; sums: of `state_dict`,
     to continue the means of a pass that was stopped. Sums stay on the device: only what is printed waits for
     it. Loss and accuracies are 0-dim. tensors, or (H,) of H classifiers, of which `shown` is printed.
     """
@@ -65,7 +65,7 @@ class Meters:
             self._add(name, value, 1)
 
     def means(self):
-        """All means by their names in log.jsonl, and `times` of the whole pass."""
+        """All means by their names in log.jsonl, and `times` of the pass."""
         names = {"Loss": "loss", "Acc@1": "acc1", "Acc@5": "acc5"}
         return {names.get(name, name): self.mean(name) for name in self.sums} | self.times()
 
@@ -87,8 +87,8 @@ class Meters:
         if self.rank.all_reduce((~torch.isfinite(total)).float()).item():
             raise DivergedError(
                 f"the loss of epoch {epoch} became nan or infinite in step {step} or before, at lr {lr:g}; "
-                "the checkpoints are as they were: continue from the last with a lower --lr or a higher "
-                "--moco-t, or from the one before if it fails at once"
+                "the checkpoints are as they were: continue from the last, or from the one before if that "
+                "fails at once, or start again, with a lower --lr or a higher --moco-t"
             )
 
     def line(self, step):

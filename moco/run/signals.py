@@ -51,9 +51,10 @@ class StopRequest:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
 
-    def exit(self, text):
-        """Print `text` with the signal's name on rank 0 and exit with EXIT_CODE, all ranks together."""
-        self.rank.print(f"{text} ({self.name or 'a signal to another rank'}); --resume auto continues")
+    def exit(self, stopped, advice):
+        """Print what was `stopped`, by which signal, and `advice` on rank 0; exit ranks with EXIT_CODE."""
+        self.rank.print(f"{stopped} ({self.name or 'a signal to another rank'});")
+        self.rank.print(f"   {advice}")
         self.rank.barrier()  # a rank that leaves early would end the others
         raise SystemExit(EXIT_CODE)
 

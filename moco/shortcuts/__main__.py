@@ -19,12 +19,12 @@ from moco.data.folders import image_folder
 from moco.encoders import check_image_size
 from moco.errors import UserError, run_program
 from moco.files import atomic_file
+from moco.plot import save_picture
 from moco.run.launch import Rank
 from moco.run.resources import available_cores
 from moco.run.signals import EXIT_CODE, StopRequest
 from moco.shortcuts import sweep
-from moco.shortcuts.figures import draw
-from moco.shortcuts.report import number, rows, table
+from moco.shortcuts.report import figure_of, number, rows, table
 
 PROJECT = Path(__file__).resolve().parents[2]
 MOST_JOBS = 12  # by default: each keeps a core busy, also on a GPU
@@ -59,24 +59,14 @@ def parse_args():
         words = " ".join(map(str, default))
         add(flag, type=kind, nargs="+", default=default, metavar="X", help=f"{text} (default: {words})")
     add = parser.add_argument_group("running").add_argument
-    add(
-        "--out", required=True, metavar="DIR", help="folder of the sweep: results.jsonl, table.md, figure.png"
-    )
-    add(
-        "--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn into OUT/data)"
-    )
+    add("--out", required=True, metavar="DIR", help="folder of the sweep, continued when it exists")
+    add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn in OUT/data)")
     add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
-    add(
-        "--jobs", type=int, metavar="N", help=f"runs in parallel (default: one per core, at most {MOST_JOBS})"
-    )
+    add("--jobs", type=int, metavar="N", help=f"runs in parallel (default: the cores, at most {MOST_JOBS})")
     add("--keep-checkpoints", action="store_true", help="do not remove them once they are measured")
     args, others = parser.parse_known_args()
-    for name in ("bits", "moco_t", "epsilon", "method", "seeds"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once; 0.0 is -0.0
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
-    if not all(0 <= count <= 63 for count in args.bits):
-        raise UserError(f"--bits must be from 0 to 63, not {args.bits}")
     cuda = torch.cuda.is_available()
     args.device = args.device or ("cuda" if cuda else "cpu")
     if args.device == "cuda" and not cuda:
@@ -85,31 +75,25 @@ def parse_args():
 
 
 def runs_of(args):
-    """What identifies each run, as dicts: the untrained encoders first, then seed by seed."""
-    runs = [
-        {"trained": False, "seed": seed, "bits": bits}
-        for seed, bits in itertools.product(args.seeds, args.bits)
-    ]
-    losses = [(method if epsilon else None, epsilon) for epsilon in args.epsilon for method in args.method]
-    places = itertools.product(args.seeds, args.bits, args.moco_t, dict.fromkeys(losses))
-    for seed, bits, T, (method, epsilon) in places:
+    """{name: what identifies the run, a dict}: the untrained encoders first, then seed by seed.
+
+    Names as untrained_bits4_seed0, T0.2_bits4_infonce_seed0, T0.2_bits4_ifm_eps0.1_seed0.
+    """
+    runs = {}
+    for seed, bits in itertools.product(args.seeds, args.bits):
+        runs[f"untrained_bits{bits}_seed{seed}"] = {"trained": False, "seed": seed, "bits": bits}
+    values = itertools.product(args.seeds, args.bits, args.moco_t, args.epsilon, args.method)
+    for seed, bits, T, epsilon, method in values:
+        method = method if epsilon else None
+        loss = f"{method}_eps{number(epsilon)}" if method else "infonce"
         run = {"trained": True, "seed": seed, "bits": bits, "T": T, "method": method, "epsilon": epsilon}
-        runs.append(run)
+        runs[f"T{number(T)}_bits{bits}_{loss}_seed{seed}"] = run
     return runs
 
 
-def name_of(run):
-    """The name of a run's folder: untrained_bits4_seed0, T0.2_bits4_ifm_eps0.1_seed0."""
-    place = f"bits{run['bits']}"
-    if not run["trained"]:
-        return f"untrained_{place}_seed{run['seed']}"
-    loss = f"{run['method']}_eps{number(run['epsilon'])}" if run["method"] else "infonce"
-    return f"T{number(run['T'])}_{place}_{loss}_seed{run['seed']}"
-
-
 def words_of(run, data, folder, others):
-    """The words of main_moco.py's command line after its name; of the untrained encoder of such a run, those
-    that decide how it starts.
+    """The words of main_moco.py's command line after its name; of an untrained encoder, those that decide how
+    such a run starts.
     """
     recipe = [] if "--aug-plus" in others else ["--crops-only"]
     words = [str(data), *DEFAULTS.split(), *recipe, *others, *FIXED.split()]
@@ -120,39 +104,33 @@ def words_of(run, data, folder, others):
     return words + [str(word) for name, value in own.items() for word in (f"--{name}", value)]
 
 
-def job_of(run, data, out, others, epochs):
-    """The sweep.Job of a run."""
-    folder = Path(out, "runs", name_of(run))
+def job_of(name, run, data, out, others, epochs):
+    """The sweep.Job of a run: training, unless its last checkpoint is there, and its measurement."""
+    folder = Path(out, "runs", name)
     newest = folder / f"checkpoint_{epochs - 1:04d}.pth.tar"
-    words, measure = words_of(run, data, folder, others), ["-m", "moco.shortcuts.measure"]
-    measure.append(str(folder / sweep.MEASURED))
+    words = words_of(run, data, folder, others)
+    measure = ["-m", "moco.shortcuts.measure", str(folder / sweep.MEASURED), *words]
     if not run["trained"]:
-        told, commands = [*measure, *words], [[*measure, *words]]
-    else:
-        told = ["main_moco.py", *words]
-        commands = [
-            [str(PROJECT / "main_moco.py"), *words],
-            [*measure, str(data), "--pretrained", str(newest)],
-        ]
-        if newest.is_file():
-            del commands[0]
-    return sweep.Job({**run, "command": ["python", *told]}, folder, commands)
+        return sweep.Job(run | {"command": ["python", *measure]}, folder, [measure])
+    train, measure = [str(PROJECT / "main_moco.py"), *words], [*measure, "--pretrained", str(newest)]
+    commands = [measure] if newest.is_file() else [train, measure]
+    return sweep.Job(run | {"command": ["python", "main_moco.py", *words]}, folder, commands)
 
 
 def write_report(out, results):
     """Write table.md and, with matplotlib, figure.png into the folder `out`. Returns what to print."""
     if not any("readout" in run for run in results):
         return "nothing to show yet"
-    text, written = table(results), f"{Path(out, 'table.md')}"
-    with atomic_file(Path(out, "table.md")) as temporary:
+    text, table_path, figure_path = table(results), Path(out, "table.md"), Path(out, "figure.png")
+    with atomic_file(table_path) as temporary:
         temporary.write_text(text)
+    if not rows(results):
+        return f"{text}\n{table_path}"
     try:
-        if rows(results):
-            draw(results, Path(out, "figure.png"))
-            written += f", {Path(out, 'figure.png')}"
+        save_picture(figure_of(results), figure_path)
     except UserError as error:
-        written += f"; no figure: {error.sentence}"
-    return f"{text}\n{written}"
+        return f"{text}\n{table_path}; no figure: {error}"
+    return f"{text}\n{table_path}, {figure_path}"
 
 
 def main():
@@ -160,9 +138,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing half-drawn then, too
     data, runs = Path(args.data or Path(args.out, "data")), runs_of(args)
     # main_moco.py's own checks of every command, before anything is written
-    *_, training = (
-        options.pretraining(words_of(run, data, "runs", others)) for run in runs if run["trained"]
-    )
+    *_, training = (options.pretraining(words_of(run, data, "runs", others)) for run in runs.values())
     check_image_size(training.arch, training.image_size)
     if args.data:
         image_folder(data, "train")
@@ -173,11 +149,8 @@ def main():
         if not args.data:
             trifeature.generate(data, 2 * training.image_size, RENDERS)
         finished = {result["name"] for result in sweep.read_results(args.out)}
-        jobs = [
-            job_of(run, data, args.out, others, training.epochs)
-            for run in runs
-            if name_of(run) not in finished
-        ]
+        unfinished = {name: run for name, run in runs.items() if name not in finished}
+        jobs = [job_of(*run, data, args.out, others, training.epochs) for run in unfinished.items()]
         parallel = args.jobs or min(available_cores(), MOST_JOBS)
         print(f"{len(runs)} runs ({len(runs) - len(jobs)} finished), {parallel} in parallel on {args.device}")
         path = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
@@ -188,12 +161,12 @@ def main():
             failures = sweep.run_jobs(args.out, jobs, parallel, environment, stop, args.keep_checkpoints)
             results = sweep.read_results(args.out)
             print(write_report(args.out, results))
-            if stop.name and len({result["name"] for result in results}) < len(finished) + len(jobs):
+            if stop.name and len(results) < len(finished) + len(jobs):
                 print(f"stopped by {stop.name}; continue with the same command")
                 raise SystemExit(EXIT_CODE)
-        if failures:
-            print(f"runs that failed: {len(failures)}; the same command tries them again")
-            raise SystemExit(1)
+    if failures:
+        print(f"runs that failed: {len(failures)}; the same command tries them again")
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +46,17 @@ def opened(out, settings):
         out.mkdir(parents=True, exist_ok=True)
         if not path.is_file() and any(name != LOCK for name in os.listdir(out)):
             raise UserError(f"{out} is not empty and holds no sweep (no {SETTINGS}); choose another --out")
-        with locked(out / LOCK, f"a sweep is at work in {out}; wait for it, or stop it"):
+        with locked(out / LOCK, f"another sweep is running in {out}; wait for it, or stop it"):
             if not path.is_file():
                 with atomic_file(path) as temporary:
                     temporary.write_text(json.dumps(settings, indent=1) + "\n")
-            _check_same(path, settings)
+            before = json.loads(path.read_text())
+            for name in sorted(before.keys() | settings.keys()):
+                if before.get(name) != settings.get(name):
+                    raise UserError(
+                        f"{out} holds a sweep with {name} {before.get(name)}, not {settings.get(name)}: give "
+                        "the same settings, or choose another --out"
+                    )
             yield
     except BrokenPipeError:  # the reader of our output has gone
         raise
@@ -59,39 +64,14 @@ def opened(out, settings):
         raise UserError(f"cannot write to --out {out} ({error.strerror}); make room there") from error
 
 
-def _check_same(path, settings):
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another --out") from error
-    differ = [
-        f"{name} {before.get(name)}, not {settings.get(name)}"
-        for name in sorted(before.keys() | settings.keys())
-        if before.get(name) != settings.get(name)
-    ]
-    if differ:
-        raise UserError(
-            f"{path.parent} holds a sweep with {'; '.join(differ)}: give it the same settings, or choose "
-            "another --out"
-        )
-
-
 def read_results(out):
     """The finished runs of a sweep: dicts, in the order of their end."""
-    path, results = Path(out) / RESULTS, []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), start=1):
-        try:
-            results.append(json.loads(line))
-            results[-1]["name"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"line {number} of {path} is damaged ({error}); remove it, and its run is repeated"
-            ) from error
-    return results
+    path = Path(out) / RESULTS
+    return list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
 
 
 def add_result(out, result):
-    """Append one line; the file is replaced as a whole, so it never ends in the middle of one."""
+    """Append one line; the file is replaced atomically, so it never ends in the middle of one."""
     lines = [json.dumps(line) + "\n" for line in [*read_results(out), result]]
     with atomic_file(Path(out) / RESULTS) as temporary:
         temporary.write_text("".join(lines))
@@ -102,83 +82,64 @@ def run_jobs(out, jobs, parallel, environment, stop, keep_checkpoints=False):
     Returns sentences on those that failed.
 
     environment: variables of the commands; stop: a moco.run.signals.StopRequest. When a stop is requested no
-    other command starts, those at work get SIGTERM, and all have ended when this returns. UserError when a
-    command calls its use wrong (exit code 2), which it is for all.
+    other command starts, those that run get SIGTERM, and all have ended when this returns.
     """
-    active, ending = set(), threading.Event()
-
-    def carry_out(job):
-        """(exit code, last line) of the job's last command."""
-        job.folder.mkdir(parents=True, exist_ok=True)
-        for words in job.commands:
-            with open(job.folder / LOG, "a+b") as log:
-                begin = log.seek(0, os.SEEK_END)
-                process = subprocess.Popen(
-                    [sys.executable, *words],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                active.add(process)
-                if ending.is_set():
+    waiting = [(job, job.commands) for job in jobs]
+    running, failures, terminated = {}, [], False  # running: {process: (job, its further commands)}
+    try:
+        while running or (waiting and not stop.requested()):
+            while waiting and len(running) < parallel and not stop.requested():
+                job, (command, *further) = waiting.pop(0)
+                running[_start(job, command, environment)] = job, further
+            # Once, as a second signal would end them without a checkpoint.
+            if stop.requested() and not terminated:
+                for process in running:
                     process.terminate()
-                code = process.wait()
-                active.discard(process)
-                log.seek(begin)
-                said = log.read().decode(errors="replace").split("\n")
-            if code or ending.is_set():
-                break
-        return code, next((line for line in reversed(said) if line.strip()), "no output")
-
-    def end():
-        ending.set()
-        for future in futures:
-            future.cancel()
-        for process in list(active):
+                terminated = True
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, further = running.pop(process)
+                code, log = process.returncode, job.folder / LOG
+                if code == 0 and further:
+                    waiting.insert(0, (job, further))
+                elif code in (0, DivergedError.exit_code):
+                    _record(out, job, code, keep_checkpoints)
+                    outcome = f"diverged: {_last_line(log)}" if code else "finished"
+                    print(f"{job.name} {outcome}; {len(waiting) + len(running)} left", flush=True)
+                elif not stop.requested():
+                    end = f"ended with exit code {code}: {_last_line(log)}"
+                    failures.append(f"error: {job.name} {end} (see {log})")
+                    print(failures[-1], flush=True)
+    finally:
+        for process in running:
             process.terminate()
-
-    failures = []
-    with ThreadPoolExecutor(parallel) as pool:
-        futures = {pool.submit(carry_out, job): job for job in jobs}
-        waiting = set(futures)
-        try:
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                if stop.requested() and not ending.is_set():
-                    end()
-                for future in finished:
-                    if future.cancelled():
-                        continue
-                    job, (code, line) = futures[future], future.result()
-                    log = job.folder / LOG
-                    if code in (0, DivergedError.exit_code):
-                        if not _record(out, job, code, line, keep_checkpoints):
-                            continue
-                        outcome = "diverged: " + line if code else "finished"
-                        print(f"{job.name} {outcome}; {len(waiting)} left", flush=True)
-                    elif ending.is_set():
-                        continue
-                    elif code == UserError.exit_code:
-                        raise UserError(f"{job.name} ended with: {line} (see {log})")
-                    else:
-                        failures.append(f"error: {job.name} ended with exit code {code}: {line} (see {log})")
-                        print(failures[-1], flush=True)
-        except BaseException:
-            end()
-            raise
+        for process in running:
+            process.wait()
     return failures
 
 
-def _record(out, job, code, line, keep_checkpoints):
-    """Write a result, of a job that has one; a job can be stopped between its commands."""
+def _start(job, command, environment):
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / LOG, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _last_line(log):
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "no output")
+
+
+def _record(out, job, code, keep_checkpoints):
     if code:
-        found = {"diverged": True, "reason": line.split("error: ")[-1]}
-    elif (job.folder / MEASURED).is_file():
-        found = json.loads((job.folder / MEASURED).read_text())
+        found = {"diverged": True, "reason": _last_line(job.folder / LOG).split("error: ")[-1]}
     else:
-        return False
+        found = json.loads((job.folder / MEASURED).read_text())
     add_result(out, {"name": job.name, **job.run, **found})
     for path in () if keep_checkpoints else job.folder.glob("checkpoint_*"):
         path.unlink()
-    return True

@@ -7,9 +7,6 @@ train/triangle_solid_red/0.png. A readout of one factor is tested on combination
 import io
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +22,13 @@ COMBINATIONS = tuple(itertools.product(*FACTORS.values()))  # 1000 x (shape, tex
 SETTINGS = "trifeature.json"  # beside train/ and val/: how the set was drawn
 VERSION = 1  # of the drawing: raised when the same settings give other pixels
 SIZES = range(16, 1025)  # pixels: a smaller shape is a blot; a larger image takes more than 1 GB to draw
-MOST_WORKERS = 16  # by default: more start-ups than they save
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 def factor_of(folder_name, factor):
     """Class index, 0 to 9, of one factor in the name of a folder, such as "triangle_solid_red".
 
-    `factor` is "shape", "texture" or "color". UserError if either name is none of Trifeature's.
+    `factor` is "shape", "texture" or "color". UserError if the folder's name is none of Trifeature's.
     """
-    if factor not in FACTORS:
-        raise UserError(f"Trifeature has no factor '{factor}'; choose one of {', '.join(FACTORS)}")
     if not is_combination(folder_name):
         raise UserError(
             f"folder '{folder_name}' is not named shape_texture_color, as in triangle_solid_red; "
@@ -65,27 +58,27 @@ def held_out(seed):
     }
 
 
-def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, force=False):
+def generate(out, size=128, renders=10, seed=0, force=False):
     """Draw the data set into the folder `out`, which appears when it is complete. True if it was drawn, False
     if `out` holds the set with these settings already.
 
-    Each image (RGB, `size` pixels square) depends on (size, seed, combination, render number) alone, not on
-    the number of processes, `workers` (default: one per core). `force` draws in any case, and replaces an
-    earlier Trifeature set. UserError for settings out of range, an `out` that holds something else, or one
-    that cannot be written.
+    Each image (RGB, `size` pixels square) depends on (size, seed, combination, render number) alone. `force`
+    draws in any case, and replaces an earlier Trifeature set. UserError for settings out of range, an `out`
+    that holds something else, or one that cannot be written.
     """
     settings = {"version": VERSION, "size": size, "renders": renders, "seed": seed}
-    workers = min(_cores(), MOST_WORKERS) if workers is None else min(workers, len(COMBINATIONS))
-    _check_settings(size, renders, seed, workers)
+    if size not in SIZES:
+        raise UserError(f"--size must be from {SIZES[0]} to {SIZES[-1]} pixels, not {size}")
+    for name, value, least in (("seed", seed, 0), ("renders", renders, 1)):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}")
     out = Path(out).resolve()
     try:
         if not force and _settings_of(out) == settings:
             return False
-        _check_free(out, settings, force)
+        _check_free(out, force)
         with atomic_folder(out, replace=force) as folder:
-            total, stream = renders * len(COMBINATIONS), None if progress else io.StringIO()
-            with Progress("drawing Trifeature", total, "images", stream=stream) as bar:
-                _draw_in_processes(folder, size, renders, seed, workers, bar)
+            _draw(folder, size, renders, seed)
             (folder / SETTINGS).write_text(json.dumps(settings) + "\n")
     except OSError as error:
         reason = error.strerror or error
@@ -93,39 +86,41 @@ def generate(out, size=128, renders=10, seed=0, workers=None, progress=True, for
     return True
 
 
-def ensure(out, size=128, renders=10, seed=0, progress=True):
+def ensure(out, size=128, renders=10, seed=0):
     """Draw the data set unless `out` holds a train/ already, of whatever settings; True if it was drawn.
     Errors as in `generate`.
 
     Safe in several processes at once: each draws in a folder of its own, the first to finish gives it the
     name, and the others find it there.
     """
-    train = Path(out) / "train"  # complete if it exists, for a set appears under its name as a whole
+    train = Path(out) / "train"  # complete if it exists, for a set appears under its name when it is complete
     if train.is_dir():
         return False
     try:
-        return generate(out, size, renders, seed, progress=progress)
+        return generate(out, size, renders, seed)
     except UserError:
         if train.is_dir():
             return False
         raise
 
 
+def _draw(folder, size, renders, seed):
+    validation = held_out(seed)
+    with Progress("drawing Trifeature", renders * len(COMBINATIONS), "images") as progress:
+        for number, combination in enumerate(COMBINATIONS):
+            place = folder / ("val" if combination in validation else "train") / "_".join(combination)
+            place.mkdir(parents=True)
+            for index in range(renders):
+                pixels = render(*combination, size, _rng(seed, number, index))
+                png = io.BytesIO()  # Pillow forgets the reason when it fails to write to a file
+                Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+                (place / f"{index}.png").write_bytes(png.getvalue())
+            progress.update(renders)
+
+
 def _rng(seed, *position):
     # numbers that depend on the seed and the position alone; PCG64 by name, for numpy's default may change
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=position)))
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_settings(size, renders, seed, workers):
-    if size not in SIZES:
-        raise UserError(f"--size must be from {SIZES[0]} to {SIZES[-1]} pixels, not {size}")
-    for name, value, least in (("seed", seed, 0), ("renders", renders, 1), ("workers", workers, 1)):
-        if value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
 
 
 def _settings_of(out):
@@ -136,7 +131,7 @@ def _settings_of(out):
         return None
 
 
-def _check_free(out, settings, force):
+def _check_free(out, force):
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / SETTINGS).is_file():
@@ -145,58 +140,8 @@ def _check_free(out, settings, force):
             f"{out} exists and is no Trifeature set (it has no {SETTINGS}){hint}; choose another folder"
         )
     if not force:
-        there, asked = (
-            ", ".join(f"{name} {value}" for name, value in which.items())
-            for which in (_settings_of(out) or {}, settings)
-        )
+        settings = ", ".join(f"{name} {value}" for name, value in (_settings_of(out) or {}).items())
         raise UserError(
-            f"{out} holds a set drawn with {there or 'unknown settings'}; to replace it by one with {asked}, "
-            "add --force, or choose another folder"
+            f"{out} holds a set drawn with {settings or 'unknown settings'}; replace it with --force, or "
+            "choose another folder"
         )
-
-
-def _draw_in_processes(folder, size, renders, seed, workers, bar):
-    """Draw everything in `workers` processes, and count what they finish in `bar`.
-
-    Each is a fresh Python that imports this module alone: a fork would inherit the caller's threads, a spawn
-    would repeat its imports. Each draws every `workers`-th combination in order and prints a line for each,
-    so that waiting for the lines in turn waits for none too long. Ctrl-C does not reach them, as each has a
-    session of its own: this process ends them. When it is gone they end by themselves at the next line.
-    """
-    code = "import sys, moco.trifeature as t; t._draw_share(sys.argv[1], *map(int, sys.argv[2:]))"
-    command = [sys.executable, "-c", code, *map(str, (folder, size, renders, seed, workers))]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    children = []
-    try:
-        for share in range(workers):
-            arguments = [*command, str(share)]
-            children.append(subprocess.Popen(arguments, cwd=PROJECT, start_new_session=True, **pipes))
-        for number in range(len(COMBINATIONS)):
-            child = children[number % workers]
-            if not child.stdout.readline():
-                said = child.stderr.read().strip()
-                raise OSError(said or f"a drawing process ended ({child.wait()})")
-            bar.update(renders)
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
-
-
-def _draw_share(folder, size, renders, seed, workers, share):
-    """Draw every `workers`-th combination from `share` on: what one of the processes does."""
-    validation = held_out(seed)
-    try:
-        for number in range(share, len(COMBINATIONS), workers):
-            combination = COMBINATIONS[number]
-            split = "val" if combination in validation else "train"
-            place = Path(folder, split, "_".join(combination))
-            place.mkdir(parents=True)
-            for index in range(renders):
-                png = io.BytesIO()  # Pillow forgets the reason when it fails to write to a file
-                pixels = render(*combination, size, _rng(seed, number, index))
-                Image.fromarray(pixels).save(png, "PNG", compress_level=1)
-                (place / f"{index}.png").write_bytes(png.getvalue())
-            print(number, flush=True)
-    except OSError as error:
-        sys.exit(error.strerror)

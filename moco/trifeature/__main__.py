@@ -18,12 +18,11 @@ def main():
     add("--size", type=int, default=128, metavar="PIXELS", help="side of an image (default: %(default)s)")
     add("--renders", type=int, default=10, metavar="N", help="images per combination (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="chooses rotations, places and what is in val")
-    add("--workers", type=int, metavar="W", help="processes (default: one per core)")
     add("--force", action="store_true", help="replace what was drawn under this name before")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, too
 
-    drawn = generate(args.out, args.size, args.renders, args.seed, args.workers, force=args.force)
+    drawn = generate(args.out, args.size, args.renders, args.seed, args.force)
     if not drawn:
         print(f"{args.out}: already drawn with these settings")
         return

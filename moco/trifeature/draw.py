@@ -92,7 +92,7 @@ def _triangles(u, v):
 
 
 def _rain(u, v):
-    # dashes of different heights in neighbouring columns
+    # dashes of different heights in neighboring columns
     column = u * 1.25
     return (_fraction(column) < 0.5) & (_fraction(v / 2 + 0.382 * np.floor(column)) < 0.6)
 

@@ -6,12 +6,9 @@
 README.md in this folder says how a file is checked; `python -m moco.zoo` is the command line.
 """
 
-import contextlib
 import difflib
-import fcntl
 import http.client
 import os
-import re
 import socket
 import sys
 from dataclasses import dataclass
@@ -20,9 +17,11 @@ from pathlib import Path
 import torch
 import torchvision
 
-from moco.errors import UserError
-from moco.files import atomic_file, file_hash, sha256
+from moco.errors import UserError, first_line
+from moco.files import atomic_file, file_hash, locked, sha256
 from moco.run.checkpoint import encoder_state, load_strictly, read
+
+TIMEOUT = 60  # seconds without a byte after which a connection counts as broken
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,6 @@ class Model:
     url: str
     link: str
     md5: str | None = None
-
-    @property
-    def file(self):
-        """The name of the file, here and on a mirror."""
-        return f"{self.name}.pth.tar"
 
 
 def _on_drive(name, top1, method, file_id):
@@ -75,7 +69,7 @@ MODELS = (
 )
 
 
-def resolve(name_or_path, mirror=None):
+def resolve(name_or_path):
     """The path of a checkpoint, given as a path or as the name of a released model, which is downloaded once.
 
     A file of that name wins. Raises UserError; for a wrong name or path with the nearest right one.
@@ -85,62 +79,54 @@ def resolve(name_or_path, mirror=None):
         return path
     names = [model.name for model in MODELS]
     if str(name_or_path) in names:
-        return fetch(str(name_or_path), mirror=mirror)
+        return fetch(str(name_or_path))
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; name the checkpoint file in it")
-    around = path.parent.glob("*") if os.path.isdir(path.parent) else []
-    nearest = _nearest(str(path), names + [str(other) for other in around if other.is_file()])
-    raise UserError(f"there is no file {path}, and no released model of that name{nearest}")
+    files = path.parent.glob("*") if os.path.isdir(path.parent) else []
+    hint = _hint(str(path), names + [str(file) for file in files if file.is_file()])
+    raise UserError(f"there is no file {path}, and no released model of that name; {hint}")
 
 
-def load(name_or_path, mirror=None):
+def load(name_or_path):
     """The query encoder of a released model, or of a ResNet-50 checkpoint: torchvision's without `fc`.
 
     Returns a module in eval mode on the CPU, from images (N, 3, H, W), float32, normalized with ImageNet's
     mean and std, to features (N, 2048). No random number is drawn. Raises UserError.
     """
-    path = resolve(name_or_path, mirror)
+    path = resolve(name_or_path)
     return _backbone(read(path), path)
 
 
-def fetch(name, folder=None, mirror=None, force=False, timeout=60):
+def fetch(name, folder=None, force=False):
     """The path of a released model's file in `folder` (default: torch.hub's), downloaded unless it is there.
 
-    mirror: download `mirror`/NAME.pth.tar instead (default: the environment variable ZOO_BASE_URL).
+    With the environment variable ZOO_BASE_URL, $ZOO_BASE_URL/NAME.pth.tar is downloaded instead.
     force: download even if the file is there; it is replaced once the new one has passed the checks.
-    timeout: seconds without a byte after which the connection counts as broken.
     Raises UserError, also when the file that is there does not pass the checks.
     """
-    model = next((model for model in MODELS if model.name == name), None)
-    if model is None:
-        nearest = _nearest(name, [model.name for model in MODELS])
-        raise UserError(f"there is no released model {name}{nearest}")
-    path = Path(folder or cache_folder()) / model.file
-    record = path.with_name(f"{path.name}.sha256")
+    models = {model.name: model for model in MODELS}
+    if name not in models:
+        raise UserError(f"there is no released model {name}; {_hint(name, list(models))}")
+    folder = Path(folder or cache_folder())
+    path = folder / f"{name}.pth.tar"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_process(path.parent):
-            if os.path.exists(path) and not force:
-                try:
-                    check(model, path, record)
-                except UserError as error:
-                    again = f"python -m moco.zoo download {name} --force" + (
-                        f" --to {folder}" if folder else ""
-                    )
-                    raise UserError(
-                        f"{path} is not {name} or is damaged ({error}); replace it: {again}"
-                    ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):  # so that the ranks of a run download once
+            if force or not os.path.exists(path):
+                _download(models[name], path)
             else:
-                mirror = mirror or os.environ.get("ZOO_BASE_URL")
-                url = f"{mirror.rstrip('/')}/{model.file}" if mirror else model.url
-                _download(model, url, path, record, timeout)
-            if not record.exists():
-                with atomic_file(record) as temporary:
-                    temporary.write_text(f"{sha256(path)}  {model.file}\n")
+                try:
+                    _check(models[name], path, _record(path))
+                except UserError as error:
+                    raise UserError(
+                        f"{path} is not {name} or is damaged ({error}); `python -m moco.zoo download {name} "
+                        f"--force --to {folder}` replaces it"
+                    ) from None
+            if not _record(path).exists():
+                with atomic_file(_record(path)) as temporary:
+                    temporary.write_text(f"{sha256(path)}  {path.name}\n")
     except OSError as error:
-        raise UserError(
-            f"cannot write into {path.parent} ({error.strerror}); choose another folder"
-        ) from error
+        raise UserError(f"cannot write into {folder} ({error.strerror}); choose another folder") from error
     return path
 
 
@@ -149,63 +135,50 @@ def cache_folder():
     return Path(torch.hub.get_dir()) / "checkpoints" / "moco"
 
 
-def check(model, path, record):
-    """Raise UserError unless `path` is the model's file: that of `record`, else a whole checkpoint of MoCo.
+def _record(path):
+    """The file that holds the SHA-256 of the first download of `path`, as sha256sum writes it."""
+    return path.with_name(f"{path.name}.sha256")
 
-    record: a file as sha256sum writes it, with the SHA-256 of the first download; it need not exist.
-    """
-    with open(path, "rb") as file:
-        start = file.read(100_000).lstrip()
-    if start.startswith(b"<"):  # a pickle or zip never does
-        title = re.search(r"<title[^>]*>(.*?)</title>", start.decode(errors="replace"), re.I | re.S)
-        raise UserError("it is a web page" + (f', "{" ".join(title[1].split())}"' if title else ""))
-    if record.exists():
-        digest, known = sha256(path), record.read_text(errors="replace").split()
-        if digest not in known:
-            raise UserError(
-                f"its SHA-256 starts with {digest[:12]}, but that of the first download, in {record}, with "
-                f"{known[0][:12] if known else 'nothing'}; if the record is wrong, delete {record}"
-            )
+
+def _check(model, path, record):
+    """Raise UserError unless `path` is the model's file: that of `record`, or else a checkpoint of MoCo."""
+    known = record.read_text(errors="replace").split() if record.exists() else None
+    if known and sha256(path) in known:
         return
+    checkpoint = read(path)
+    if known is not None:
+        raise UserError(
+            f"its SHA-256 is not that of the first download, in {record}; if the record is wrong, delete it"
+        )
     if model.md5 and not (md5 := file_hash(path, "md5")).startswith(model.md5):
         raise UserError(f"its md5 starts with {md5[:8]}, but the published one with {model.md5}")
-    checkpoint = read(path)
     if not any(name.startswith("encoder_q.") for name in checkpoint["state_dict"]):
         raise UserError(f"{path} has no query encoder (encoder_q.*), so it is not a checkpoint of MoCo")
     _backbone(checkpoint, path)
 
 
-def _download(model, url, path, record, timeout):
-    """Download `url`, check the file, give it its name. Raises UserError with the link and the folder."""
+def _download(model, path):
+    """Download a model's file to `path`, which appears when it has passed the checks. Raises UserError with
+    the link for a browser and the folder.
+    """
+    mirror = os.environ.get("ZOO_BASE_URL")
+    url = f"{mirror.rstrip('/')}/{path.name}" if mirror else model.url
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)  # torch.hub waits for ever
+    socket.setdefaulttimeout(TIMEOUT)  # torch.hub waits for ever
     try:
         with atomic_file(path) as temporary:
             torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
-            try:
-                check(model, temporary, record)
-            except UserError as error:
-                reason = str(error).replace(str(temporary), "the file")
-                raise UserError(f"the file that arrived was refused and removed: {reason}") from None
+            _check(model, temporary, _record(path))
     except (UserError, OSError, http.client.HTTPException, ValueError) as error:
+        reason = first_line(error)
+        if isinstance(error, UserError):
+            reason = f"what arrived was refused: {error}".replace(str(temporary), "the file")
         raise UserError(
-            f"cannot download {model.name} ({_reason(error, timeout)}); try again later, or download "
-            f"{model.link} in a browser and put the file into the folder {path.parent.absolute()} "
-            f"as {path.name}"
+            f"cannot download {model.name} ({reason}); try again later, or download {model.link} in a "
+            f"browser and put the file into the folder {path.parent.absolute()} as {path.name}"
         ) from None
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _reason(error, timeout):
-    """What urllib, http.client, a socket or the disk says, in one line."""
-    if hasattr(error, "code"):  # an HTTPError
-        return " ".join(str(error).split())
-    cause = getattr(error, "reason", error)  # what a URLError wraps
-    if isinstance(cause, TimeoutError):
-        return f"no answer for {timeout:g} s"
-    said = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-    return " ".join(said.split())
 
 
 def _backbone(checkpoint, path):
@@ -217,18 +190,6 @@ def _backbone(checkpoint, path):
     return model.eval()
 
 
-@contextlib.contextmanager
-def _one_process(folder):
-    """Wait until no other process downloads into `folder`, so that the ranks of a run do it once."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: each downloads, the last one stays
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _nearest(name, names):
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "; `python -m moco.zoo list` shows the names"
+def _hint(name, names):
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "`python -m moco.zoo list` shows the names"

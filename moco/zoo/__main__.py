@@ -11,15 +11,13 @@ def main():
         prog="python -m moco.zoo",
         description="Released models of MoCo and IFM by name. The names also work wherever a checkpoint is "
         "asked for: python main_lincls.py --pretrained ifm-eps0.1 ...",
+        epilog="ZOO_BASE_URL in the environment: download $ZOO_BASE_URL/NAME.pth.tar instead.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="show the names, with the published linear accuracy")
     get = commands.add_parser("download", help="download and check one model, and print its path")
     get.add_argument("name", metavar="NAME", help="as `list` shows it, for example ifm-eps0.1")
     get.add_argument("--to", metavar="DIR", help="folder for the file (default: torch.hub's, see TORCH_HOME)")
-    get.add_argument(
-        "--mirror", metavar="URL", help="download URL/NAME.pth.tar instead (default: $ZOO_BASE_URL)"
-    )
     get.add_argument("--force", action="store_true", help="download again and replace the file")
     args = parser.parse_args()
     if args.command == "list":
@@ -29,7 +27,7 @@ def main():
             print(f"{model.name:{width}}  {model.top1:5.1f}  {model.text}")
         print("top-1: published accuracy in % of a linear classifier on the data set named")
     else:
-        print(zoo.fetch(args.name, args.to, args.mirror, args.force))
+        print(zoo.fetch(args.name, args.to, args.force))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,9 @@ def test_the_report_is_about_the_images_of_the_folder(pictures, cli):
     report = json.loads(output)
     assert f"2 of {pictures} (40 x 40 and" in report["about"]["setting"]["images"]  # one of each sub-folder
     pipelines, transport, end_to_end, *_ = report["tables"].values()
-    for table in (pipelines, transport, end_to_end):
-        for row in table.values():
-            assert 0 < row["pairs/s"]["low"] <= row["pairs/s"]["median"] <= row["pairs/s"]["high"]
-            assert row["ms a pair, CPU time of all processes"]["low"] > 0
     rows = list(pipelines.values())
+    for row in (*rows, *transport.values(), *end_to_end.values()):
+        assert 0 < row["pairs/s"]["low"] <= row["pairs/s"]["median"] <= row["pairs/s"]["high"]
     assert rows[0]["of published"]["median"] == rows[-1]["of the limit"]["median"] == 1
     cpu = rows[0]["ms a pair, CPU time of all processes"]["median"]
     assert rows[0]["pairs/s"]["median"] == pytest.approx(1000 / cpu, rel=0.3)  # rates of CPU time
@@ -69,7 +67,7 @@ def test_images_are_made_when_no_folder_is_named_and_removed(tmp_path, cli, monk
 
 
 class FakeSimplejpeg:
-    """Stands for the package, which need not be installed."""
+    """Replaces the package, which need not be installed."""
 
     @staticmethod
     def decode_jpeg_header(data):
@@ -147,7 +145,6 @@ def test_cpu_time_counts_that_of_children():
         (["EMPTY"], "holds no image; name a folder of photographs"),
         (["BAD"], "bad.jpg cannot be read as an image"),
         (["--images", "0"], "--images must be at least 1"),
-        (["--batch-size", "-3"], "--batch-size must be at least 1"),
         (["--workers", "-1"], "--workers must be at least 0"),
     ],
 )
@@ -162,12 +159,7 @@ def test_wrong_use_is_a_sentence(words, message, tmp_path, monkeypatch, cli):
 
 
 def test_made_photographs_are_jpeg_files_of_the_intended_size(tmp_path):
-    paths = photographs.make_photographs(tmp_path, 2)
-    first = [Path(path).read_bytes() for path in paths]
-    for path, size in zip(paths, photographs.SIZES, strict=False):
+    for path, size in zip(photographs.make_photographs(tmp_path, 2), photographs.SIZES, strict=False):
         with Image.open(path) as image:
             assert (image.format, image.size) == ("JPEG", size)
         assert os.path.getsize(path) / (size[0] * size[1]) == pytest.approx(0.42, rel=0.15)
-    assert [Path(path).read_bytes() for path in photographs.make_photographs(tmp_path, 2)] == first
-    photographs.make_photographs(tmp_path, 1, seed=1)
-    assert Path(paths[0]).read_bytes() != first[0]

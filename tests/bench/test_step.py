@@ -14,7 +14,6 @@ from moco.bench import step as bench_step
 from moco.bench.step import setting_of, training_run
 from moco.builder import MoCo
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"arch": "tiny", "batch_size": 16, "size": 16, "moco_k": 64, "bn_splits": 4}
 TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", value)]
 TINY += ["--device", "cpu", "--rounds", "1", "--steps", "1"]
@@ -30,7 +29,7 @@ def test_the_rows_of_a_step_are_compared_with_each_other(cli):
     published, here, layout, fast, v2, unsplit, ceiling = steps.values()
     for row in steps.values():
         rate = row["pairs/s"]
-        assert 0 < rate["low"] <= rate["median"] <= rate["high"] and row["encoders in"] == "float32"
+        assert 0 < rate["low"] <= rate["median"] <= rate["high"]
         assert row["of the ceiling"]["median"] == ratio(rate, ceiling["pairs/s"])
         assert row["of published"]["median"] == ratio(rate, published["pairs/s"])
         assert row["of --fast"]["median"] == ratio(rate, fast["pairs/s"])
@@ -40,10 +39,8 @@ def test_the_rows_of_a_step_are_compared_with_each_other(cli):
         assert row["first loss"] != pytest.approx(published["first loss"], abs=1e-4)  # it does other work
     first, second = losses.values()
     assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)
-    assert (
-        second["of the first's memory"] == pytest.approx(second["MB"] / first["MB"], abs=1e-3)
-        and second["MB"] < first["MB"] / 10
-    )
+    assert second["of the first's memory"] == pytest.approx(second["MB"] / first["MB"], abs=1e-3)
+    assert second["MB"] < first["MB"] / 10
     assert 2 * 4 * 256 * 65537 < 1e6 * first["MB"] < 10 * 4 * 256 * 65537  # logits, N x (1+K) float32
 
 
@@ -53,7 +50,7 @@ def test_published_steps_and_ours_compute_the_same():
     published, ours = training_run(s, images, published=True), training_run(s, images)
     first, second = published(4), published(4)
     assert first == pytest.approx(ours(4), abs=1e-5)
-    assert second == pytest.approx(ours(4), abs=1e-5)  # of trained weights and a queue that has turned
+    assert second == pytest.approx(ours(4), abs=1e-5)  # of trained weights, after the queue is full
     assert abs(first - second) > 1e-3
     assert abs(training_run(s, images, bn_splits=1)(4) - first) > 1e-4
     # What cannot be measured here computes the same too, within bf16's precision.
@@ -101,7 +98,7 @@ def test_a_row_that_does_not_fit_or_compile_is_left_out_with_the_reason(cli, mon
     monkeypatch.setattr(bench_step, "encoders_run", fail)
     output = cli(bench.main, "step", *TINY, "--json", "--only", "here", "ceiling")[1]
     [rows] = json.loads(output)["tables"].values()
-    assert rows["ceiling: the encoders alone"] == {"encoders in": "left out: CUDA out of memory"}
+    assert rows["ceiling: the encoders alone"] == {"first loss": "left out: CUDA out of memory"}
     assert rows["here, float32"]["pairs/s"] and "of the ceiling" not in rows["here, float32"]
 
 
@@ -113,46 +110,8 @@ def test_peak_memory_is_measured():
         return (second * 2).sum()
 
     for count in (250_000, 500_000):
-        assert bench_step.peak_bytes(partial(work, count), CPU) == pytest.approx(8 * count, rel=0.01)
-
-
-def test_rows_say_what_they_ran_in(monkeypatch):
-    """TF32 is set within each of a row's turns, and its label is taken there."""
-
-    def now():
-        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-
-    before, inside = now(), []
-
-    class Spied(TinyEncoder):
-        def forward(self, x):
-            inside.append(now())
-            return super().forward(x)
-
-    monkeypatch.setattr(bench_step, "base_encoder", lambda arch: Spied)
-    monkeypatch.setattr(
-        bench_step, "precision", lambda amp, device, real=bench_step.precision: real(amp, CUDA)
-    )
-    rows = bench_step.rows_of(CUDA, 4)
-    assert rows["fast"][2] == {"channels_last": True, "amp": torch.bfloat16, "compile": True}
-    names = ["here_tf32", "here", "amp", "published_tf32"]
-    try:
-        s = setting_of("cpu", **SIZES, steps=1)
-        table = bench_step.measure_steps(s, 1, {name: rows[name] for name in names})
-    finally:
-        bench_step.set_tf32(False)
-        torch.backends.cudnn.allow_tf32 = before[0]
-    assert now() == before
-    assert [row["encoders in"] for row in table.values()] == ["TF32", "float32", "bfloat16", "TF32"]
-    on, off = (True, "high"), (False, "highest")
-    first = [
-        on,
-        off,
-        off,
-        on,
-    ]  # two forward passes a step: first steps, warming up, the round from the second
-    expected = [*first, *first, *first[1:], first[0]]
-    assert inside[::2] == inside[1::2] == expected
+        peak = bench_step.peak_bytes(partial(work, count), torch.device("cpu"))
+        assert peak == pytest.approx(8 * count, rel=0.01)
 
 
 def test_the_step_from_files_reads_the_images_of_the_folder(folders, cli, monkeypatch):
@@ -163,21 +122,8 @@ def test_the_step_from_files_reads_the_images_of_the_folder(folders, cli, monkey
         "__call__",
         lambda self, batch: read.append(set(batch.indices.tolist())) or genuine(self, batch),
     )
-    words = [
-        "step",
-        *TINY,
-        "--batch-size",
-        "8",
-        "--steps",
-        "2",
-        "--only",
-        "here",
-        "--data",
-        folders,
-        "-j",
-        "1",
-    ]
-    code, output, errors = cli(bench.main, *words, "--json")
+    words = [*TINY, "--batch-size", "8", "--steps", "2", "--only", "here", "--data", folders, "-j", "1"]
+    code, output, errors = cli(bench.main, "step", *words, "--json")
     assert code == 0, errors
     [rows] = json.loads(output)["tables"].values()
     assert list(rows) == ["here, float32", "here, --fast", f"here, --fast, from {folders} with 1 workers"]
@@ -201,11 +147,8 @@ def test_tables_are_markdown():
     ("words", "message"),
     [
         (["--batch-size", "12"], "has no --bn-splits 8 equal groups"),
-        (["--moco-k", "-5"], "--moco-k must be at least 1"),
-        (["--arch", "resnet19"], "did you mean"),
         (["--arch", "inception_v3", "--size", "16"], "cannot take --size 16"),
-        (["--only", "fastest"], "--only fastest: on cpu the rows are published, here,"),
-        (["--only", "published_tf32"], "--only published_tf32: on cpu the rows are"),
+        (["--only", "amp"], "--only amp: on cpu the rows are published, here,"),
         (["--data", "missing"], "there is no folder missing"),
         (["--data", "IMAGES", "-b", "16", "--steps", "2"], "has images for 1 steps, not 2; lower --steps"),
         (["--device", "cuda"], "use --device cpu"),
@@ -218,11 +161,3 @@ def test_wrong_use_is_a_sentence(words, message, folders, tmp_path, monkeypatch,
     code, output, errors = cli(bench.main, "step", "--device", "cpu", "-j", "0", *words)
     assert (code, output) == (2, "")
     assert message in errors and "Traceback" not in errors
-
-
-def test_help_fits_80_columns(monkeypatch, cli):
-    monkeypatch.setenv("COLUMNS", "80")
-    for command in ("data", "step"):
-        code, output, _ = cli(bench.main, command, "--help")
-        assert code == 0 and "--rounds" in output
-        assert max(map(len, output.splitlines())) <= 80

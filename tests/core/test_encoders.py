@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from torch import nn
 
 from moco.encoders import base_encoder, check_image_size, on_meta_device
 from moco.errors import UserError
@@ -12,9 +11,7 @@ from moco.errors import UserError
 
 @pytest.mark.parametrize("arch", ["resnet18", "regnet_y_400mf", "shufflenet_v2_x0_5", "googlenet"])
 def test_an_encoder_gives_one_tensor_of_num_classes(arch):
-    network = base_encoder(arch)(num_classes=7)
-    assert isinstance(network.fc, nn.Linear)
-    assert network(torch.randn(2, 3, 96, 96)).shape == (2, 7)
+    assert base_encoder(arch)(num_classes=7)(torch.randn(2, 3, 96, 96)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +19,6 @@ def test_an_encoder_gives_one_tensor_of_num_classes(arch):
     [
         ("resnet5", "no classification model 'resnet5'; did you mean resnet50?"),
         ("get_model", "no classification model 'get_model'"),
-        ("fcn_resnet50", "no classification model 'fcn_resnet50'"),
         ("vit_b_16", "vit_b_16 has no last layer `fc`"),
     ],
 )

@@ -21,11 +21,6 @@ def raising(error):
     [
         (UserError("wrong; do this"), 2, "program: error: wrong; do this\n"),
         (DivergedError("the loss is nan"), 3, "program: error: the loss is nan\n"),
-        (
-            UserError("Caught in worker 0.\n  File x\nmoco.errors.UserError: a.jpg"),
-            2,
-            "program: error: a.jpg\n",
-        ),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )

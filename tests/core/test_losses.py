@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import pytest
 import torch
@@ -83,17 +82,6 @@ def test_ifm_is_the_formula(epsilon, alpha, T):
         assert loss == pytest.approx(plain[0].item(), rel=1e-10)
 
 
-@pytest.mark.parametrize(("epsilon", "alpha", "T"), GRID)
-def test_the_perturbation_is_a_margin_of_two_epsilon(epsilon, alpha, T):
-    q, k, queue = features(seed=1)
-    a, b = (q * k).sum(1) / T, torch.logsumexp(q @ queue / T, dim=1)
-    zero = torch.zeros(N).double()  # softplus(x) = log(e^x + e^0); F.softplus rounds above 20
-    plain, moved = (torch.logaddexp(b - a + 2 * e / T, zero).mean().item() for e in (0.0, epsilon))
-    loss, *_ = from_logits(q, k, queue, T, "ifm", epsilon, alpha)
-    assert loss.item() == pytest.approx((plain + alpha * moved) / (1 + alpha), rel=1e-12)
-    assert moved >= plain
-
-
 def test_the_closed_form_is_a_step_along_the_gradient():
     epsilon, T = 0.1, 0.2
     q, k, queue = features(seed=2)
@@ -117,10 +105,7 @@ def test_chance_is_the_loss_of_equal_similarities(method, epsilon, alpha):
     logits, logits_ifm = torch.cat([l_pos, l_neg], 1) / T, ifm_logits(l_pos, l_neg, epsilon or 0.0, T)
     expected = loss_of(method, logits, logits_ifm, labels, alpha)
     assert losses.chance(K, method, epsilon, alpha, T) == pytest.approx(expected.item(), rel=1e-12)
-
-
-def test_chance_does_not_overflow():
-    assert losses.chance(10, "ifm_only", 30.0, 1.0, 0.05) == pytest.approx(1200 + math.log(10))
+    assert losses.chance(10, "ifm_only", 30.0, 1.0, 0.05) == pytest.approx(1200 + math.log(10))  # no overflow
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,14 +123,6 @@ def test_one_pass_gives_the_same_loss_gradient_and_accuracy(monkeypatch, method,
         assert (gradient - other_gradient).abs().max() > 1e-9 or loss != other
     else:
         assert torch.equal(other_gradient, gradient) and other == loss
-
-
-def test_one_pass_has_the_gradients_of_finite_differences():
-    q, k, queue = features(3, 4, 9)
-    weights = losses.weights("ifm", 0.7)
-    assert torch.autograd.gradcheck(
-        lambda q: contrast(q, k, queue, 0.2, weights, 1.0)[0], q.clone().requires_grad_(), eps=1e-7, atol=1e-7
-    )
 
 
 def test_one_pass_in_float32_is_as_exact_as_the_logits():
@@ -169,14 +146,8 @@ def test_ranks_count_the_nearer_negatives():
     assert [each.item() for each in rank_accuracy(rank, (1, 2, 3))] == [0, 0, 100]
 
 
-def test_a_feature_that_is_not_finite_shows_in_the_loss():
-    q, k, queue = features()
-    q[0, 0] = torch.nan
-    assert contrast(q, k, queue, 0.2, (1.0, 0.0))[0].isnan()
-
-
 def test_accuracy_is_in_percent_and_takes_few_classes():
-    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    logits = torch.tensor([[3.0, 2.0, 1.0]] * 4)
     labels = torch.tensor([0, 1, 2, 2])
     assert [each.item() for each in accuracy(logits, labels, (1, 2, 5))] == [25, 50, 100]
 
@@ -220,16 +191,10 @@ def peak_bytes(work):
     return peak
 
 
-def test_one_pass_takes_at_most_half_the_time_and_the_memory():
-    inputs = [each.float() for each in features(128, 128, 65536)]
-    forms = {form: lambda f=form: f(*inputs, 0.2, "ifm", 0.1, 1.0) for form in (one_pass, from_logits)}
-    seconds = {form: [] for form in forms}
-    for _ in range(3):
-        for form, work in forms.items():
-            start = time.process_time()
-            work()
-            seconds[form].append(time.process_time() - start)
-    assert min(seconds[one_pass]) < 0.5 * min(seconds[from_logits])
-    peaks = {form: peak_bytes(work) for form, work in forms.items()}
-    assert peaks[from_logits] > 4 * 128 * 65536  # at least the logits: it is really measured
-    assert peaks[one_pass] < 0.5 * peaks[from_logits]
+def test_one_pass_takes_at_most_a_fifth_of_the_memory():
+    inputs = [each.float() for each in features(64, 64, 65536)]
+    ours, logits = (
+        peak_bytes(lambda f=form: f(*inputs, 0.2, "ifm", 0.1, 1.0)) for form in (one_pass, from_logits)
+    )
+    assert logits > 4 * 64 * 65536  # at least the logits: it is really measured
+    assert ours < logits / 5

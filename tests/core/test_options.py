@@ -4,9 +4,7 @@ import re
 
 import pytest
 import torch
-from command_lines import MOCO, SMALL, program
-from made_folders import make_folders
-from PIL import Image
+from command_lines import MOCO, SMALL
 
 import main_lincls
 import main_moco
@@ -98,59 +96,37 @@ def test_published_linear_lines_mean_the_same(line, expected):
 WRONG_FLAGS = {
     options.pretraining: [
         ("-b 0", "argument -b/--batch-size: must be at least 1, not 0"),
-        ("-b x", "argument -b/--batch-size: 'x' is not a whole number"),
-        ("-b 2.5", "'2.5' is not a whole number"),
         ("--lr 0", "argument --lr/--learning-rate: must be above 0, not 0"),
         ("--lr nan", "must be above 0, not nan"),
-        ("--lr inf", "must be above 0, not inf"),
-        ("--epochs 0", "--epochs: must be at least 1"),
         ("--start-epoch 7 --epochs 7", "--start-epoch 7 leaves nothing of --epochs 7"),
         ("--schedule 10 -1", "--schedule: must be at least 0, not -1"),
-        ("--momentum -1", "--momentum: "),
-        ("--wd inf", "must be at least 0, not inf"),
-        ("--workers -1", "-j/--workers: "),
-        ("-p 0", "-p/--print-freq: must be at least 1"),
-        ("--seed -1", "--seed: "),
         ("--seed 9223372036854775808", "--seed: must be between 0 and 9223372036854775807"),
         ("--image-size 7", "--image-size: must be at least 8"),
-        ("--moco-dim 0", "--moco-dim: must be at least 1"),
-        ("--moco-k 0", "--moco-k: must be at least 1"),
         ("--moco-m 1.5", "--moco-m: must be between 0 and 1, not 1.5"),
         ("--moco-t 0", "--moco-t: must be above 0"),
-        ("--bn-splits 0", "--bn-splits: must be at least 1"),
         ("--random-bits 64", "--random-bits: must be between 0 and 63"),
         ("--random-bits 2 --knn 1", "--knn evaluates images without --random-bits"),
         ("--epsilon 0.1", "add --method ifm"),
         ("--alpha 1", "add --method ifm"),
         ("--method ifm --epsilon=-1", "--epsilon: must be at least 0"),
-        ("--method ifm --alpha nan", "--alpha: must be at least 0"),
         ("--method ifm_only --alpha 1", "ifm_only has one loss"),
         ("--method other", "invalid choice: 'other'"),
         ("--crops-only --aug-plus", "give one of the two"),
         ("--cache decoded --on-bad-image skip", "leave --cache out"),
         ("--resume missing.pth.tar", "there is no file missing.pth.tar"),
         ("--resume auto --overwrite", "give one of the two"),
-        ("--batch 8", "unrecognized arguments: --batch"),
-        ("A B", "unrecognized arguments: B"),
-        ("--moco-k", "expected one argument"),
         ("--decoder pillow", "--decoder is gone: simplejpeg is used when it is installed"),
-        ("--recolor", "--recolor is gone: "),
         ("--cache files", "--cache: files is gone: .* leave it out"),
         ("--cache device", "--cache: device is gone: use decoded"),
-        ("--cache ram", "'ram' is not decoded"),
         ("--device-aug float", "--device-aug: float is gone: use exact"),
-        ("--device-aug gpu", "'gpu' is not exact or off"),
     ],
     options.linear_evaluation: [
-        ("--lr 0", "argument --lr/--learning-rate: must be above 0, not 0"),
         ("--lr 1 1.0", "1 is given twice"),
         ("--lr 1 x 2", "'x' is not a number"),
         ("--lr DIR", "expected a number before the folder"),
         ("A --lr 1 B", "'B' is not a number"),
         ("-e", "--evaluate needs the classifier to validate: --resume model_best.pth.tar"),
         ("--target size", "invalid choice: 'size'"),
-        ("--moco-k 9", "unrecognized arguments"),
-        ("--decoder", "--decoder is gone"),
     ],
 }
 
@@ -164,12 +140,6 @@ def test_wrong_flags_are_a_sentence(parse, line, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_program_prints_the_sentence():
-    run = program("main_moco.py", "-b", "0")
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == "main_moco.py: error: argument -b/--batch-size: must be at least 1, not 0\n"
-
-
 @pytest.mark.parametrize("parse", [options.pretraining, options.linear_evaluation])
 def test_help_is_narrow_and_says_the_defaults(parse, capsys):
     with pytest.raises(SystemExit) as end:
@@ -177,15 +147,10 @@ def test_help_is_narrow_and_says_the_defaults(parse, capsys):
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert max(map(len, shown.splitlines())) < 80
-    for group in ("data:", "training:", "speed (", "run (", "processes ("):
-        assert f"\n{group}" in shown
-    text = " ".join(shown.split())
-    assert "ROOT/DATASET, by default ROOT/imagenet100" in text
-    assert "(default: 256)" in text and "(default: resnet50)" in text
+    assert "(default: 256)" in " ".join(shown.split())
     described = shown.split("\ndata:")[1]
     for name in vars(parse([])):
         assert name == "folder" or f"--{name.replace('_', '-')}" in described, name
-    assert "--decoder" not in shown and "--recolor" not in shown
 
 
 def test_flags_left_open_follow_the_device(monkeypatch):
@@ -247,23 +212,13 @@ def test_settings_are_what_decides_the_numbers():
     assert (
         settings("A -j 3 -p 1 --keep 4 --knn 1 --output-dir X --cache decoded --dist-backend gloo") == plain
     )
-    for flag in (
-        "--lr 1",
-        "--mlp",
-        "-b 8",
-        "--epochs 3",
-        "--device-aug exact",
-        "--method ifm",
-        "--bn-splits 2",
-    ):
+    for flag in ("--lr 1", "-b 8", "--epochs 3", "--device-aug exact", "--method ifm", "--bn-splits 2"):
         assert settings(flag) != plain
 
 
 def test_notes_say_what_to_expect():
     def notes(line, images, groups):
-        lines = options.notes(options.pretraining(line.split()), images, groups)
-        assert max(map(len, lines)) <= 80
-        return "\n".join(lines)
+        return "\n".join(options.notes(options.pretraining(line.split()), images, groups))
 
     assert notes("", 126_689, 8).startswith("loss at chance: ln(1+K) = 11.0904\n")
     assert ", with IFM 11.5" in notes("--method ifm --moco-t 0.2", 126_689, 8)
@@ -279,7 +234,6 @@ WRONG_USE = {
         ("DATA --dataset_root DATA", "give either DIR .* or --dataset_root, not both"),
         ("--dataset_root DATA", "there is no folder .*imagenet100"),
         ("DATA -a resnet5", "no classification model 'resnet5'; did you mean resnet50?"),
-        ("DATA -a vit_b_16", "vit_b_16 has no last layer `fc`"),
         ("DATA -a inception_v3 --image-size 64", "inception_v3 cannot take --image-size 64 "),
         ("DATA -b 25", "has 24 images, fewer than a step's 25"),
         ("DATA --bn-splits 3", "3 equal groups"),
@@ -292,7 +246,6 @@ WRONG_USE = {
         ("DATA --gpu 0", "this machine has 0 GPUs"),
         ("DATA --world-size 2", "needs --rank between 0 and 1"),
         ("DATA --world-size 2 --rank 0", "several nodes need --dist-url"),
-        ("DATA --world-size 2 --rank 2 --dist-url tcp://127.0.0.1:1", "needs --rank between 0 and 1"),
         ("DATA --dist-url env://", "needs the variable.? WORLD_SIZE"),
         ("DATA --multiprocessing-distributed --world-size 1 --rank 1", "needs --rank between 0 and 0"),
     ],
@@ -320,33 +273,12 @@ def test_wrong_use_is_a_sentence(script, line, message, folders, tmp_path, cli, 
     assert errors.count("\n") == 1 and "Traceback" not in errors
 
 
-@pytest.mark.parametrize("script", [main_moco, main_lincls])
-def test_batches_beyond_the_memory_are_said(script, folders, tmp_path, cli, monkeypatch):
-    monkeypatch.setattr(script, "check_image_size", lambda arch, size: None)  # no network can be tried at it
-    words = [*(MOCO if script is main_moco else SMALL), "--image-size", "100000", "-b", "24", folders]
-    code, _, errors = cli(script.main, *words, "--output-dir", tmp_path)
+def test_batches_beyond_the_memory_are_said(folders, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(main_moco, "check_image_size", lambda *_: None)  # no network can be tried at it
+    words = [*MOCO, "--image-size", "100000", "-b", "24", folders, "--output-dir", tmp_path]
+    code, _, errors = cli(main_moco.main, *words)
     assert code == 2 and errors.count("\n") == 1, errors
     assert re.search(r"GB of memory .*; lower", errors), errors
-
-
-def test_incomplete_folders_are_said(tmp_path, cli):
-    def errors_of(*words):
-        code, _, errors = cli(main_moco.main, *MOCO, *words, tmp_path, "--output-dir", tmp_path / "out")
-        assert code == 2 and errors.count("\n") == 1
-        return errors
-
-    assert "has no folder train/" in errors_of()
-    (tmp_path / "train").mkdir()
-    assert "is not complete" in errors_of()
-    make_folders(tmp_path / "good", classes=("ant",))
-    (tmp_path / "train").rmdir()
-    (tmp_path / "good" / "train").rename(tmp_path / "train")
-    (tmp_path / "train" / "bee").mkdir()
-    assert "bee" in errors_of()
-    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "bee" / "0.png")
-    (tmp_path / "train" / "bee" / "1.jpg").write_text("no image")
-    for workers in ("0", "2"):
-        assert "bee/1.jpg cannot be read as an image" in errors_of("--workers", workers)
 
 
 def test_a_number_that_is_none_in_the_environment_is_said(folders, tmp_path, cli, monkeypatch):

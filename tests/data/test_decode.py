@@ -63,26 +63,19 @@ def test_sixteen_bits_keep_the_high_byte(tmp_path, decoder):
             read_pixels(path)
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files_are_named_in_the_same_words_by_both_decoders(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize("name", [*DAMAGED, "missing.jpg"])
+def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, decoder):
     path = tmp_path / name
-    path.write_bytes(DAMAGED[name]())
-    said = set()
-    for simplejpeg in {None, decode.simplejpeg}:
-        monkeypatch.setattr(decode, "simplejpeg", simplejpeg)
-        with pytest.raises(UserError, match=r"cannot be read as an image") as caught:
-            read_pixels(path)
-        assert str(path) in caught.value.sentence
-        assert str(caught.value) == caught.value.sentence, "one line"
-        said.add(caught.value.sentence)
-    assert len(said) == 1
-    assert " at 0x" not in said.pop(), "and the same on every run"
-
-
-def test_missing_files_are_named(tmp_path):
-    for read in (read_pixels, image_size):
-        with pytest.raises(UserError, match=r"gone\.jpg cannot be read"):
-            read(tmp_path / "gone.jpg")
+    if name in DAMAGED:
+        path.write_bytes(DAMAGED[name]())
+    else:
+        with pytest.raises(UserError, match=r"missing\.jpg cannot be read"):
+            image_size(path)
+    with pytest.raises(UserError) as caught:
+        read_pixels(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path} cannot be read as an image (") and "\n" not in message
+    assert " at 0x" not in message, "the same on every run"
 
 
 def test_names_of_any_bytes(tmp_path):
@@ -96,6 +89,6 @@ def test_names_of_any_bytes(tmp_path):
         file.write(b"no image")
     with pytest.raises(UserError) as caught:
         read_pixels(text)
-    assert caught.value.sentence.startswith(rf"{tmp_path}/caf\udce9\n.jpg cannot be read as an image")
-    caught.value.sentence.encode("utf-8")  # under a strict locale
+    assert str(caught.value).startswith(rf"{tmp_path}/caf\udce9\n.jpg cannot be read as an image")
+    str(caught.value).encode("utf-8")  # under a strict locale
     assert printable("übung 3.jpg") == "übung 3.jpg"

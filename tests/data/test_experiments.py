@@ -11,7 +11,7 @@ from moco.data.experiments import HELD_OUT, TRAIN, RandomBits, bits_of, with_cha
 def test_bits_are_a_function_of_seed_part_and_image():
     bits = bits_of(3, TRAIN, range(2000), 20)
     assert bits.shape == (2000, 20) and bits.dtype == torch.float32 and set(bits.unique().tolist()) == {0, 1}
-    assert torch.equal(bits_of(3, TRAIN, [7, 1999, 7], 20), bits[[7, 1999, 7]])  # whatever is beside it
+    assert torch.equal(bits_of(3, TRAIN, [7, 1999, 7], 20), bits[[7, 1999, 7]])  # in any batch
     for other in (bits_of(4, TRAIN, range(2000), 20), bits_of(3, HELD_OUT, range(2000), 20)):
         assert abs(float((other == bits).float().mean()) - 0.5) < 0.02  # as two that are independent
     assert float((bits.mean(dim=0) - 0.5).abs().max()) < 0.06  # 5 standard deviations
@@ -28,7 +28,7 @@ def test_recorded_bits():
     ]
 
 
-def test_bits_are_constant_channels_behind_the_picture():
+def test_bits_are_constant_channels_after_the_image():
     images, values = torch.rand(2, 3, 4, 5), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     both = with_channels(images, values)
     assert both.shape == (2, 5, 4, 5) and torch.equal(both[:, :3], images)
@@ -36,13 +36,9 @@ def test_bits_are_constant_channels_behind_the_picture():
 
 
 def test_views_of_a_batch_get_the_bits_of_its_images():
-    views, indices = [torch.zeros(4, 3, 2, 2), torch.ones(4, 3, 2, 2)], np.array([9, 2, 999, 0])
-
-    def with_bits(indices):
-        batch = SimpleNamespace(indices=indices)
-        return RandomBits(6, 5, lambda batch: views)(batch)
-
-    one, two = with_bits(indices)
-    assert torch.equal(one[:, 3:, 0, 0], bits_of(5, TRAIN, indices.tolist(), 6))
-    assert torch.equal(two[:, 3:], one[:, 3:]) and not torch.equal(two[:, :3], one[:, :3])
-    assert not torch.equal(with_bits(indices[::-1])[0], one)
+    views, batch = [torch.zeros(4, 3, 2, 2), torch.ones(4, 3, 2, 2)], SimpleNamespace(indices=np.arange(4))
+    q, k = RandomBits(6, 5, lambda batch: views)(batch)
+    assert torch.equal(q, with_channels(views[0], bits_of(5, TRAIN, range(4), 6)))
+    assert torch.equal(k[:, 3:], q[:, 3:]) and torch.equal(k[:, :3], views[1])
+    batch.indices = batch.indices[::-1]
+    assert not torch.equal(RandomBits(6, 5, lambda batch: views)(batch)[0], q)

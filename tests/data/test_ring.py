@@ -1,14 +1,13 @@
 """The ring: the same batches however they are made and carried, and what happens when processes die."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -16,16 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_program import Program, abandoned, gone_within, lives
+from forked_program import Program, abandoned, lives
 from spawned_loader import load_and_end
 
 from moco.data import ring as rings
 from moco.data.augment import VIEW
 from moco.data.ring import Batch, RingLoader
 from moco.errors import UserError
-
-# More workers than cores are meant here, and torch warns of them.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 SIZE = 4  # pixels of a view's side
 
@@ -49,12 +45,6 @@ def fill_at_leisure(slot, position, key):
     fill(slot, position, key)
 
 
-def fill_but_one(slot, position, key):
-    if key[1] == 33:
-        raise UserError("photo 33.jpg cannot be read as an image; mend or remove it")
-    fill(slot, position, key)
-
-
 def batches(samples, size=20, epoch=0):
     """Lists of keys (epoch, index); the last may be short."""
     keys = [(epoch, index) for index in range(samples)]
@@ -65,39 +55,26 @@ def ring(workers, size=20, function=fill, **options):
     return RingLoader(function, 2, size, SIZE, workers, **options)
 
 
-def expected(keys):
-    views, n = 2, len(keys)
-    pixels, records = np.zeros((views, n, 3, SIZE, SIZE), np.uint8), np.zeros((views, n), VIEW)
-    batch = Batch(pixels, np.zeros(n, np.int64), records, np.zeros(n, np.int64))
-    for position, key in enumerate(keys):
-        fill(batch, position, key)
-    return batch
-
-
 def is_batch(batch, keys):
-    return all(np.array_equal(part, other) for part, other in zip(batch, expected(keys), strict=True))
-
-
-def copied(batch):
-    return batch._replace(pixels=batch.pixels.clone())
+    pixels, records = np.zeros((2, len(keys), 3, SIZE, SIZE), np.uint8), np.zeros((2, len(keys)), VIEW)
+    expected = Batch(pixels, np.zeros(len(keys), np.int64), records, np.zeros(len(keys), np.int64))
+    for position, key in enumerate(keys):
+        fill(expected, position, key)
+    return all(np.array_equal(part, other) for part, other in zip(batch, expected, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_batches_do_not_depend_on_workers(workers):
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    loader = ring(workers)
+    state, loader = torch.get_rng_state(), ring(workers)
     for epoch in (0, 1):
         keys = batches(70, epoch=epoch)
-        made = [copied(batch) for batch in loader.epoch(iter(keys))]
+        made = [batch._replace(pixels=batch.pixels.clone()) for batch in loader.epoch(iter(keys))]
         assert [len(batch.targets) for batch in made] == [20, 20, 20, 10]
         assert all(is_batch(*pair) for pair in zip(made, keys, strict=True))
     assert not any(is_batch(*pair) for pair in zip(made, batches(70), strict=True))
     assert made[0].pixels.dtype == torch.uint8 and made[0].targets.dtype == torch.int64
     assert torch.equal(torch.get_rng_state(), state)
     assert loader.slots == {0: 3, 1: 5, 2: 5, 4: 7}[workers]
-    text = rf"{workers} data workers?, batches through .* of shared memory" if workers else "no data workers"
-    assert re.fullmatch(text, loader.transport)
     loader.close()
     with pytest.raises(RuntimeError, match="closed"):
         loader.epoch(batches(70))
@@ -106,7 +83,7 @@ def test_batches_do_not_depend_on_workers(workers):
 def read_under_stress(slots=None):
     """Whether every batch kept its pixels while it was held, over epochs that end early at random."""
     loader = ring(3, 16, fill_slowly)
-    loader._tasks.slots = slots or loader.slots
+    loader.slots = slots or loader.slots
     chance, intact, seen = random.Random(0), True, 0
     for epoch in range(12):
         stop = chance.choice([1, 3, 8, 12])
@@ -143,34 +120,6 @@ def test_an_epoch_ends_the_one_before_it():
         next(new)
 
 
-def test_wrong_batches_and_too_little_memory():
-    for keys in ([[(0, 0)], [(0, 1)]], batches(60, 30)):
-        loader = ring(2)
-        with pytest.raises(ValueError, match="has not 20 samples"):
-            list(loader.epoch(keys))
-        loader.close()
-    with pytest.raises(UserError, match=r"batches need [\d.]+ GB of memory \(.*\); lower --batch-size"):
-        RingLoader(fill, 2, 10**9, 16)
-
-
-def test_later_epochs_start_at_once_and_nothing_grows():
-    loader, starts, sizes = ring(2), [], []
-    for epoch in range(20):
-        begin = time.perf_counter()
-        for number, _ in enumerate(loader.epoch(batches(2000, epoch=epoch))):
-            if number == 0:
-                starts.append(time.perf_counter() - begin)
-        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        sizes.append(
-            (len(os.listdir("/proc/self/fd")), threading.active_count(), int(status["VmRSS"].split()[0]))
-        )
-    loader.close()
-    assert sorted(starts[1:])[len(starts) // 2] < 0.2
-    (files, threads, memory), (files_last, threads_last, memory_last) = sizes[1], sizes[-1]
-    assert (files_last, threads_last) == (files, threads)
-    assert memory_last - memory < 4000  # kilobytes, after 1,800 batches
-
-
 # A device that copies later than it is asked to.
 
 
@@ -178,7 +127,7 @@ class LateCopies:
     """Stands in for a GPU: copies out of the ring happen when somebody waits for the event behind them."""
 
     def __init__(self, monkeypatch, patient=True, code=0):
-        self.waits, self.patient, self.code, self.pinned = 0, patient, code, []
+        self.patient, self.code, self.pinned, self.events = patient, code, [], []
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
         monkeypatch.setattr(rings, "_copies", self.copies)
@@ -192,31 +141,28 @@ class LateCopies:
 
     def copies(self, tensors, stream):
         copies = [torch.zeros_like(tensor) for tensor in tensors]
-        return copies, self.Event(self, copies, tensors)
+        self.events.append(self.Event(self, copies, tensors))
+        return copies, self.events[-1]
 
     class Event:
         def __init__(self, late, copies, tensors):
             self.late, self.todo = late, list(zip(copies, tensors, strict=True))
 
         def synchronize(self):
-            self.late.waits += 1
-            for copy, tensor in self.todo if self.late.patient else ():
-                copy.copy_(tensor)
-            self.todo = self.todo if not self.late.patient else []
+            if self.late.patient:
+                for copy, tensor in self.todo:
+                    copy.copy_(tensor)
+                self.todo = []
 
 
 @pytest.mark.parametrize("patient", [True, False])
 def test_a_slot_is_written_to_again_when_its_copy_to_the_device_has_ended(monkeypatch, patient):
     late = LateCopies(monkeypatch, patient)
-    loader, taken, events = ring(2, device=torch.device("cuda")), [], []
-    for batch in loader.epoch(batches(240)):
-        taken.append(batch)
-        events.append(
-            next(e for e in loader._tasks.copied if e and any(c is batch.targets for c, _ in e.todo))
-        )
+    loader = ring(2, device=torch.device("cuda"))
+    taken = list(loader.epoch(batches(240)))
     assert late.pinned == [(loader._memory.ctypes.data, loader._memory.nbytes)]
     late.patient = True
-    for event in events:
+    for event in late.events:
         event.synchronize()
     right = [is_batch(*pair) for pair in zip(taken, batches(240), strict=True)]
     # Negative control: waiting for events that say "ended" too early gives slots away that are still copied.
@@ -228,8 +174,8 @@ def test_a_slot_is_written_to_again_when_its_copy_to_the_device_has_ended(monkey
 def test_memory_that_cannot_be_pinned_is_no_error(monkeypatch, capfd):
     LateCopies(monkeypatch, code=2)
     loader = ring(0, device="cuda")
-    assert len(list(loader.epoch(batches(40)))) == 2
-    assert len(list(loader.epoch(batches(40)))) == 2
+    for _ in range(2):
+        assert len(list(loader.epoch(batches(40)))) == 2
     loader.close()
     said = capfd.readouterr().err
     assert re.fullmatch(r"note: CUDA cannot pin the loader's .* \(error 2\); .*\n", said)
@@ -240,54 +186,75 @@ def test_memory_that_cannot_be_pinned_is_no_error(monkeypatch, capfd):
 
 @pytest.fixture
 def start():
-    """start(fill): a Program that loads for ever; at the end no worker lives and /dev/shm is as before."""
-    before, started = set(os.listdir("/dev/shm")), []
+    """start(): a Program that loads for ever; at the end no worker lives."""
+    started = []
 
-    def run(function):
-        def load(report):
-            made = ring(2, function=function).epoch([(0, index) for index in range(20)] for _ in range(10**6))
-            print("started", file=report, flush=True)
-            for _ in made:
-                pass
+    def load(report):
+        made = ring(2, function=fill_at_leisure).epoch(itertools.repeat(batches(20)[0]))
+        print("started", file=report, flush=True)
+        for _ in made:
+            pass
 
+    def run():
         started.append(Program(load))
-        assert len(started[-1].workers) == 2
+        assert len(started[-1].workers) == 2 and all(map(lives, started[-1].workers))
         return started[-1]
 
     yield run
     for program in started:
         program.clear()
-    makers = {pid for program in started for pid in (program.pid, *program.workers)}
-    assert gone_within(5, lambda: not abandoned(before, makers)), f"left: {abandoned(before, makers)}"
 
 
 def test_a_dead_worker_ends_the_run_with_a_message(start):
-    program = start(fill_at_leisure)
-    time.sleep(0.3)
-    assert all(map(lives, program.workers))
+    program = start()
     os.kill(program.workers[0], signal.SIGKILL)
-    code, said = program.end()
-    assert code == 2
-    # The first where the signal of its death comes first, the second where a look at the workers does.
-    how = "(is killed by signal: Killed|exited unexpectedly)"
-    assert re.fullmatch(
-        rf"program: error: data worker {program.workers[0]} {how}; "
-        "if it was for want of memory, lower -j or --batch-size\n",
-        said,
+    assert program.end() == (
+        2,
+        f"program: error: data worker {program.workers[0]} exited unexpectedly (Killed); if memory ran out, "
+        "lower -j or --batch-size\n",
     )
 
 
-def test_what_a_worker_raises_is_the_message():
-    loader = ring(2, function=fill_but_one)
-    with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (UserError("photo 33.jpg cannot be read"), UserError, "^photo 33.jpg cannot be read$"),
+        (
+            ZeroDivisionError(),
+            RuntimeError,
+            "in a data worker:\nTraceback(.|\n)*in fail\n(.|\n)*ZeroDivision",
+        ),
+    ],
+)
+def test_what_a_worker_raises_is_raised(error, kind, text):
+    def fail(slot, position, key):
+        if key[1] == 33:
+            raise error
+
+    loader = ring(2, function=fail)
+    with pytest.raises(kind, match=text):
         list(loader.epoch(batches(200)))
-    assert str(caught.value) == "photo 33.jpg cannot be read as an image; mend or remove it"
+    assert len(list(loader.epoch(batches(20)))) == 1  # the workers are still there
+    loader.close()
+
+
+def test_workers_that_cannot_be_started_are_a_sentence():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before, loader = set(multiprocessing.active_children()), ring(4)
+    free = sorted(set(range(1000)) - set(map(int, os.listdir("/proc/self/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[10], hard))  # enough for some of the workers
+    try:
+        with pytest.raises(UserError, match=r"cannot be started \(.*Too many open files\); lower -j"):
+            loader.epoch(batches(20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(multiprocessing.active_children()) == before
+    assert len(list(loader.epoch(batches(20)))) == 1  # negative control
     loader.close()
 
 
 def test_ctrl_c_ends_the_workers(start):
-    program = start(fill_at_leisure)
-    time.sleep(0.3)
+    program = start()
     os.killpg(program.pid, signal.SIGINT)
     assert program.end() == (130, "\ninterrupted\n")
 
@@ -295,12 +262,12 @@ def test_ctrl_c_ends_the_workers(start):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_workers_are_started_leaves_none(number):
     """Signals at moments from before the first worker is forked until all work; nobody prints a traceback."""
-    for moment in (0, 0.005, 0.01, 0.02, 0.04, 0.1):
+    for moment in (0, 0.002, 0.005, 0.01, 0.02, 0.05):
 
         def load(report):
             loader = ring(6, function=fill_at_leisure)
             print("soon", file=report, flush=True)
-            for _ in loader.epoch([(0, index) for index in range(20)] for _ in range(10**6)):
+            for _ in loader.epoch(itertools.repeat(batches(20)[0])):
                 pass
 
         program = Program(load)
@@ -313,15 +280,14 @@ def test_ctrl_c_while_workers_are_started_leaves_none(number):
 @pytest.mark.parametrize("late", [0, 0.5])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_when_the_program_is_killed(start, number, late, monkeypatch):
-    real = rings._start_worker
+    real = rings._work
 
-    def start_late(worker):  # the parent is gone before the worker looks at it
+    def work_late(*arguments):  # the parent is gone before the worker looks at it
         time.sleep(late)
-        real(worker)
+        real(*arguments)
 
-    monkeypatch.setattr(rings, "_start_worker", start_late)
-    program = start(fill_at_leisure)
-    assert all(map(lives, program.workers))
+    monkeypatch.setattr(rings, "_work", work_late)
+    program = start()
     os.kill(program.pid, number)
     begin = time.monotonic()
     assert program.end() == (-number, "")
@@ -331,10 +297,10 @@ def test_workers_end_when_the_program_is_killed(start, number, late, monkeypatch
 @pytest.fixture
 def loading():
     """A loader of ten batches, its iterator after the first, and the process numbers of its two workers."""
-    loader = ring(2)
+    before, loader = set(multiprocessing.active_children()), ring(2)
     made = loader.epoch(batches(200))
     next(made)
-    workers = [child.pid for child in multiprocessing.active_children()]
+    workers = [child.pid for child in set(multiprocessing.active_children()) - before]
     assert len(workers) == 2
     yield loader, made, workers
     loader.close()
@@ -362,13 +328,24 @@ def test_a_forked_copy_of_a_loader_leaves_its_workers_alone(loading):
     assert all(map(lives, workers))
 
 
+def test_batches_need_no_room_in_dev_shm(loading):
+    def mapped(pid):
+        return Path(f"/proc/{pid}/maps").read_text().count("/dev/shm/")
+
+    before = mapped(os.getpid())
+    assert {mapped(worker) for worker in loading[2]} == {before}
+    tensor = torch.ones(9).share_memory_()  # negative control: torch's own shared memory
+    assert mapped(os.getpid()) == before + 1
+    del tensor
+
+
 def test_workers_end_with_the_loader():
     """When the last reference goes, not only when cycles are collected."""
     gc.disable()
     try:
-        loader = ring(2, function=fill_at_leisure)
+        before, loader = set(multiprocessing.active_children()), ring(2, function=fill_at_leisure)
         next(loader.epoch(batches(200)))
-        workers = [child.pid for child in multiprocessing.active_children()]
+        workers = [child.pid for child in set(multiprocessing.active_children()) - before]
         assert len(workers) == 2
         del loader
         assert not any(map(lives, workers))
@@ -390,46 +367,9 @@ def test_spawned_processes_with_workers_end():
             child.kill()
 
 
-PROGRAM = """
-import torch, test_ring
-if test_ring.os.environ["SMALL"]:
-    try:
-        torch.ones(4_000_000).share_memory_()
-    except RuntimeError as error:
-        print(error)
-
-def write_ones(slot, position, key):
-    slot.pixels[:, position] = 1
-
-loader = test_ring.RingLoader(write_ones, 2, 20, 200, 2)
-made = loader.epoch(test_ring.batches(80))
-print(sum(int(batch.pixels.sum()) for batch in made), loader.transport)
-"""
-
-
-def test_dev_shm_may_be_as_small_as_in_containers():
-    """1 MB of /dev/shm: torch's own shared memory fails there, so the limit is real. And a program whose
-    loader lives until Python ends does end, though its workers ignore signals.
-    """
-    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    private += ['mount -t tmpfs -o size=1m none /dev/shm && exec "$@"', "sh"]
-    small = subprocess.run([*private, "true"], capture_output=True).returncode == 0
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    result = subprocess.run(
-        [*(private if small else []), sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path, "SMALL": "1" if small else ""},
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"{80 * 2 * 3 * 200 * 200} 2 data workers, batches through 24" in result.stdout
-    assert not small or "unable to allocate shared memory" in result.stdout
-
-
 @pytest.mark.parametrize("name", ["moco-test-{}", "torch_{}_123_0", "sem.loky-{}-abc"])
 def test_what_is_left_in_shared_memory_is_seen(name):
-    """The negative control of the fixture `start`."""
+    """The negative control of tests/programs/test_processes.py, where a worker is killed."""
     before, name = set(os.listdir("/dev/shm")), name.format(os.getpid())
     with open(f"/dev/shm/{name}", "wb") as file:
         file.write(b"left")

@@ -18,7 +18,7 @@ import main_lincls
 from moco import trifeature
 from moco.data.augment import linear_train
 from moco.data.device import normalize
-from moco.data.folders import labelled_folders
+from moco.data.folders import labeled_folders
 from moco.data.loader import TrainLoader
 from moco.errors import DivergedError, UserError
 from moco.evaluate import linear
@@ -32,7 +32,7 @@ LAST_LAYER = ("module.fc.weight", "module.fc.bias")
 def literal(rank, world, folder, lr):
     """The published protocol with one classifier, as upstream writes it: last layer and momentum."""
     who = Rank(rank, world, rank, world, world, torch.device("cpu"))
-    images, _, _ = labelled_folders(folder)
+    images, _, _ = labeled_folders(folder)
     loader = TrainLoader(
         images, linear_train(), size=16, batch_size=8 // world, seed=3, rank=rank, world_size=world, views=1
     )
@@ -203,7 +203,7 @@ def test_a_frozen_tensor_that_moves_is_found():
 
 
 def test_factors_of_trifeature_are_named_and_each_image_counted_once(tmp_path, cli):
-    trifeature.generate(tmp_path / "trifeature", 16, 1, workers=1, progress=False)
+    trifeature.generate(tmp_path / "trifeature", 16, 1)
     words = [*WORDS, tmp_path / "trifeature", "--output-dir", tmp_path, "--epochs", "1", "-b", "200"]
     code, output, errors = cli(main_lincls.main, *words, "-p", "100", "--target", "color", "--lr", "1", "3")
     assert code == 0, errors

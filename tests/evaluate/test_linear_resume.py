@@ -54,11 +54,11 @@ def printed(output):
 @pytest.mark.parametrize(
     ("world", "call", "where", "steps"),
     [
-        (1, 2, "in epoch 0, from whose start a resumed run continues", [2, 0, 0]),
+        (1, 2, "in epoch 0", [2, 0, 0]),
         (1, 3, "after epoch 0", [3, 0, 0]),
         (1, 9, "after epoch 1", [3, 3, 0]),
-        (1, 11, "in epoch 2, from whose start a resumed run continues", [3, 3, 1]),
-        (2, 5, "in epoch 1, from whose start a resumed run continues", [3, 1, 0]),
+        (1, 11, "in epoch 2", [3, 3, 1]),
+        (2, 5, "in epoch 1", [3, 1, 0]),
         (2, 8, "after epoch 1", [3, 3, 0]),
     ],
 )
@@ -67,10 +67,13 @@ def test_a_signal_stops_it_and_it_continues_exactly(
 ):
     codes, output = run(run_ranks, world, folders, tmp_path, *LRS, stop=(world - 1, call))
     assert codes == [EXIT_CODE] * world
-    last = output.splitlines()[-1]
-    assert last.startswith(f"stopped {where}") and last.endswith("; --resume auto continues")
-    assert printed(output) == steps and not (tmp_path / "linear.json").exists()
     finished = steps.count(3)
+    stopped, advice = output.splitlines()[-2:]
+    assert stopped.startswith(f"stopped {where} (")
+    assert advice.strip() == (
+        f"--resume auto continues from epoch {finished}" if finished else "nothing is saved yet"
+    )
+    assert printed(output) == steps and (tmp_path / "linear.json").exists() == (finished > 0)
     assert (tmp_path / "checkpoint.pth.tar").exists() == (finished > 0)
     if finished:
         assert load(tmp_path)["epoch"] == finished
@@ -203,6 +206,10 @@ def test_what_cannot_continue_says_why_and_the_rest_is_noted(folders, stopped, t
     names = [line.split()[1] for line in output.splitlines() if line.startswith("note: ")]
     assert sorted(names) == ["batch_size", "global_batch", "schedule", "weight_decay"]
     code, output, errors = cli(main_lincls.main, *words, *LRS, folders)
+    assert code == 0 and output.endswith("all 3 epochs are finished\n")  # as a job that restarts may ask
+    code, output, errors = cli(
+        main_lincls.main, *words, *LRS, folders, "--resume", stopped / "checkpoint.pth.tar"
+    )
     assert code == 2 and "has finished 3 epochs; raise --epochs" in errors
 
 

@@ -90,7 +90,7 @@ def even_order(world, n=N):
 
 
 def steps_counted(rank, world, identical, amp, orders, shuffle=None):
-    """By step, what this rank sent; after a first one, in which DDP also agrees on its buckets."""
+    """What this rank sent in each step, after a first one, in which DDP also agrees on its buckets."""
     if shuffle:
         shuffle()
     wrapped = wrapped_model(rank, world, identical)

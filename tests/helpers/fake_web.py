@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that behaves as a test tells it: well, or like the servers that break downloads.
+"""A web server on 127.0.0.1 that answers as a test wants: well, or like the servers that break downloads.
 
     with fake_web(whole(data)) as web:            # every request is answered by whole(data)
         web.answers = [status(500), whole(data)]  # the first by 500, all later ones by the file
@@ -9,7 +9,6 @@ An answer is a function that is given the request's handler and writes the respo
 
 import contextlib
 import http.server
-import os
 import threading
 
 
@@ -53,7 +52,7 @@ def fake_web(*answers):
 def whole(data, length=True, stop_after=None, pace=None):
     """The file `data`.
 
-    length=False: its size is not told. stop_after: the connection is dropped after so many bytes. pace:
+    length=False: without Content-Length. stop_after: the connection is dropped after so many bytes. pace:
     seconds of waiting before the last byte.
     """
 
@@ -65,18 +64,6 @@ def whole(data, length=True, stop_after=None, pace=None):
         if pace:
             handler.server.closing.wait(pace)
         handler.wfile.write(body[-1:])
-
-    return answer
-
-
-def file_on_disk(path):
-    """The file at `path`, sent by the kernel without passing through this process's memory."""
-
-    def answer(handler):
-        size = os.path.getsize(path)
-        handler.start(200, Content_Type="application/octet-stream", Content_Length=size)
-        with open(path, "rb") as file:
-            handler.connection.sendfile(file)
 
     return answer
 

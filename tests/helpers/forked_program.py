@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import multiprocessing.util
 import os
 import re
 import signal
@@ -27,6 +28,8 @@ def forked(main, outputs=(2,)):
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        atexit._clear()  # pytest's would remove the folders of earlier sessions
+        atexit.register(multiprocessing.util._exit_function)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran here before may have set it
         for number, name in ((1, "stdout"), (2, "stderr")):
             if number in outputs:

@@ -1,4 +1,4 @@
-"""What the tests of pictures share: a sheet as a Figure, what is in it, and refusals of a program."""
+"""For the tests of pictures: a sheet as a Figure, its pictures and texts, and refusals of a program."""
 
 import re
 
@@ -22,7 +22,7 @@ def pictures(figure):
 
 
 def texts(axis):
-    """What stands under a picture."""
+    """The lines below a picture."""
     return [text.get_text() for text in axis.texts]
 
 

@@ -19,7 +19,8 @@ import main_moco
 
 RUN = [*TINY, *LONG, "-j", "2"]
 # The ranks of users are spawned. Forked ones end in the same way, and start at once.
-STARTS = pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+SPAWN = pytest.param("spawn", marks=pytest.mark.slow)
+STARTS = pytest.mark.parametrize("start", ["fork", SPAWN])
 
 
 def knows_tiny():
@@ -33,12 +34,23 @@ def test_spawned_ranks_with_data_workers_save_and_end_on_sigterm(folders, tmp_pa
         assert len(everyone) >= 4  # ranks and workers
         began = time.monotonic()
         os.kill(program.pid, signal.SIGTERM)
-        assert program.end(60) == 75 and "SIGTERM); --resume auto continues" in program.output, program.output
+        assert program.end(60) == 75 and "continue with --resume auto" in program.output, program.output
         assert time.monotonic() - began < 30 and all_end(everyone, 5)
     assert checkpoints(tmp_path) and "Traceback" not in program.output
 
 
-@STARTS
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_ranks_are_spawned_is_not_a_fault(folders, tmp_path, number, code):
+    with TwoRanks(*RUN, folders, "--output-dir", tmp_path, prepare=knows_tiny, start="spawn") as program:
+        deadline = time.monotonic() + 30
+        while len(program.ranks()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(program.pid, number)
+        assert program.end(60) == code, program.output
+    assert "Traceback" not in program.output and "error" not in program.output
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_bad_image_of_one_rank_is_named(tmp_path, start):
     make_folders(tmp_path)
     bad = tmp_path / "train" / "bee" / "3.jpg"
@@ -50,8 +62,16 @@ def test_a_bad_image_of_one_rank_is_named(tmp_path, start):
     assert program.output.count("error: ") == 1 and "Traceback" not in program.output
 
 
-@STARTS
-@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+@pytest.mark.parametrize(
+    ("ranks", "start"),
+    [
+        ("0", "spawn"),
+        ("1", "fork"),
+        pytest.param("1", "spawn", marks=pytest.mark.slow),
+        ("01", "fork"),
+        ("01", "spawn"),
+    ],
+)
 def test_the_traceback_of_an_exception_is_shown(folders, tmp_path, start, ranks, monkeypatch):
     def fails():
         main_moco.pretrain = spawned_ranks.failing

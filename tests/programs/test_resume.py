@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -37,8 +38,8 @@ def test_a_run_stopped_by_a_signal_continues_exactly(
     words = [*TINY, "-j", workers * world, "--output-dir", tmp_path, folders]
     stop = lambda: at_step(step, send(number, to), rank=world - 1)  # noqa: E731
     output = run(*words, world=world, prepare=stop, code=EXIT_CODE)
-    said = r"stopped in epoch (\d) after (\d) of 3 steps, saved (\S+) \((.*)\); --resume auto continues"
-    epoch, steps, path, name = re.search(said, output).groups()
+    said = r"stopped in epoch (\d) after (\d) of 3 steps \((.*)\);\n   saved (\S+); continue with --resume"
+    epoch, steps, name, path = re.search(said, output).groups()
     assert name in (number.name, "a signal to another rank") and (name == number.name or world == 2)
     finished = 3 * int(epoch) + int(steps)
     assert finished == step or (to is os.getppid and step <= finished < 6)
@@ -126,12 +127,17 @@ def test_without_a_readable_file_nothing_is_started_anew(copied, stopped, folder
     assert code == 2 and "is damaged (checksum of" in errors and checkpoints(copied) == sorted(stopped)
 
 
-def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(copied, stopped, folders, cli, whole):
+def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(
+    copied, stopped, folders, cli, whole, tmp_path_factory
+):
     words = [*TINY, "--output-dir", copied, folders]
     newest = copied / "checkpoint_0001_000001.pth.tar"
-    for more in ([], ["--resume", copied / "checkpoint_0000.pth.tar"]):
+    elsewhere = shutil.copy(newest, tmp_path_factory.mktemp("other"))
+    for more in ([], ["--resume", copied / "checkpoint_0000.pth.tar"], ["--resume", elsewhere]):
         code, output, errors = cli(main_moco.main, *words, *more)
-        assert code == 2 and "has checkpoints of another run, such as checkpoint_000" in errors
+        assert code == 2 and re.search(
+            "has checkpoints (of another run|later than .*), such as checkpoint_000", errors
+        )
         assert all(way in errors for way in ("--resume auto", "another folder", "--overwrite"))
         assert {name: (copied / name).read_bytes() for name in checkpoints(copied)} == stopped
         assert "Epoch: " not in output and not (copied / "log.jsonl").exists()
@@ -182,7 +188,7 @@ def test_ctrl_c_in_a_terminal_reaches_everybody_and_saves(folders, tmp_path):
         os.killpg(program.pid, INT)  # the program and its data worker
         assert program.end(30) == EXIT_CODE and all_end(everyone, 5)
     saved = re.search(
-        r"\nstopped in epoch .* saved (\S+) \(SIGINT\); --resume auto continues\n$", program.output
+        r"\nstopped in epoch .* \(SIGINT\);\n   saved (\S+); continue with --resume auto\n$", program.output
     )
     assert os.path.exists(saved[1]) and "Traceback" not in program.output
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]

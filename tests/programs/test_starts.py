@@ -10,7 +10,7 @@ import pytest
 from command_lines import MOCO, TINY, losses_of, program
 from forked_program import gone_within
 from run_files import content
-from started_runs import SPAWN, Forked
+from started_runs import SPAWN, Forked, run
 
 import main_moco
 
@@ -96,3 +96,14 @@ def test_a_start_that_contradicts_itself_is_refused(words, message, folders, tmp
     code, output, errors = cli(main_moco.main, *TINY, *words, "--output-dir", tmp_path, folders)
     assert code == 2 and output == "" and errors.count("\n") == 1
     assert re.search(message, errors), errors
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(folders, tmp_path):
+    words = [*TINY, "-j", "0", "--output-dir", tmp_path, folders]
+    with Forked(*words, "--epochs", "100000") as program:
+        program.wait_for("epoch 0")
+        files = {path.name for path in tmp_path.iterdir()}
+        output = run(*words, "--resume", "auto", code=2)
+        assert f"another run (process {program.pid}) is using --output-dir {tmp_path}" in output
+        assert "Epoch" not in output and files <= {path.name for path in tmp_path.iterdir()}
+    run(*words, "--resume", "auto", "--epochs", "1")  # a dead process (kill -9) does not block

@@ -122,7 +122,7 @@ def peak_of(read, path):
         try:
             read(path)
         except UserError as error:
-            print(error.sentence)
+            print(error)
         print(peak() - before)
 
     pid, output = forked(main, (1, 2))
@@ -317,7 +317,8 @@ def test_a_scaler_continues_where_it_was():
 
 def saved(folder, *places, keep=1, save_freq=0, after=lambda: None):
     """Checkpoints(folder) that has saved a small model after each place (finished epochs, steps)."""
-    checkpoints, model = Checkpoints(folder, Rank.alone(), keep, save_freq), nn.Linear(2, 1)
+    model = nn.ModuleDict({"encoder_q": nn.Linear(2, 1)})
+    checkpoints = Checkpoints(folder, Rank.alone(), keep, save_freq)
     sgd = torch.optim.SGD(model.parameters(), 0.1)
     for epoch, step in places:
         checkpoints.save(model, sgd, OFF, epoch=epoch, step=step)

@@ -33,7 +33,7 @@ def exchanged(number, world):
     try:
         rank.check_same(same)
     except UserError as error:
-        refused = error.sentence
+        refused = str(error)
     rank.check_same({"seed": 3})
     total = rank.all_reduce(torch.tensor(number + 1.0)).item()
     wrapped = rank.wrap(torch.nn.Linear(2, 1))
@@ -110,17 +110,14 @@ def test_failures_of_others_and_of_workers_become_sentences():
         "Read error [::1]:1: No route to host",
     ):
         failure, is_consequence = failure_of(RuntimeError(place + reason + more))
-        assert failure.sentence.startswith(f"another process of the run does not answer ({reason}); ")
+        assert str(failure).startswith(f"another process of the run does not answer ({reason}); ")
         assert is_consequence
     failure, is_consequence = failure_of(RuntimeError("Application timeout caused pair closure"))
-    assert "not answer (Application timeout caused" in failure.sentence and is_consequence
+    assert "not answer (Application timeout caused" in str(failure) and is_consequence
     failure, is_consequence = failure_of(
         RuntimeError(place + "Connection closed by peer [127.0.0.1]:42" + more)
     )
-    assert failure.sentence == "another process of the run ended; its message says why" and is_consequence
-    death = "DataLoader worker (pid 42) is killed by signal: Killed. "
-    failure, is_consequence = failure_of(RuntimeError(death))
-    assert failure.sentence.startswith("data worker 42 is killed by signal: Killed; ") and not is_consequence
+    assert str(failure) == "another process of the run ended; its message says why" and is_consequence
     assert failure_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == (None, False)
     own = UserError("own")
     assert failure_of(own) == (own, False)

@@ -69,7 +69,7 @@ def one_diverges(rank, world):
     meters.update(torch.tensor(math.nan if rank == 1 else 1.0), [torch.tensor(0.0)] * 2, 1)
     with pytest.raises(DivergedError) as error:
         meters.check_finite(0, 0, 1.0)
-    return error.value.sentence
+    return str(error.value)
 
 
 def test_all_ranks_find_the_loss_of_one(run_ranks):

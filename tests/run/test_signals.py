@@ -20,9 +20,9 @@ def test_signals_are_heard_inside_alone(number, capsys):
         os.kill(os.getpid(), number)
         assert stop.requested() and stop.name == number.name
         with pytest.raises(SystemExit) as end:
-            stop.exit("stopped")
+            stop.exit("stopped", "do this")
     assert end.value.code == EXIT_CODE
-    assert capsys.readouterr().out == f"stopped ({number.name}); --resume auto continues\n"
+    assert capsys.readouterr().out == f"stopped ({number.name});\n   do this\n"
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
@@ -37,7 +37,7 @@ def told_to_stop(rank, world, at):
             if stop.requested():
                 break
         try:
-            stop.exit("stopped")
+            stop.exit("stopped", "do this")
         except SystemExit as end:
             return step, len(sent), end.code, stop.name
 

@@ -7,7 +7,7 @@ import torch
 
 from moco import options
 from moco.shortcuts import __main__ as shortcuts
-from moco.shortcuts.sweep import Job, add_result, opened, read_results
+from moco.shortcuts.sweep import Job, read_results
 
 SMALL = (
     "-a shufflenet_v2_x0_5 --image-size 16 --epochs 1 -b 8 --moco-k 16 --bn-splits 2 --device cpu --jobs 2"
@@ -37,13 +37,10 @@ def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, sweep):
     for result in results.values():
         assert (result["seed"], result["bits"]) == (5, 2)
         assert result["versions"]["torch"] == torch.__version__ and result["device"] == "cpu"
-        for reading in ("readout", "readout_shared_bits"):
-            readout = result[reading]["class"]
-            assert readout["chance"] == pytest.approx(100 / 3) and readout["converged"]
-            assert round(readout["accuracy"] * 9 / 100, 6) in range(10)  # of 9 images
+        readouts = [result[reading]["class"] for reading in ("readout", "readout_shared_bits")]
+        assert all(round(one["accuracy"] * 9 / 100, 6) in range(10) for one in readouts)  # of 9 images
     trained = results["T0.2_bits2_ifm_eps0.1_seed5"]
     assert [trained[name] for name in ("T", "method", "epsilon")] == [0.2, "ifm", 0.1]
-    assert "losses" not in results["untrained_bits2_seed5"] and 0 < trained["losses"]["info_nce"] < 10
     log = (out / "runs" / trained["name"] / "log.jsonl").read_text().splitlines()
     assert trained["losses"]["training"] == json.loads(log[-1])["loss"]
 
@@ -51,11 +48,9 @@ def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, sweep):
     args = options.pretraining(command)
     assert (start, program, args.folder, args.seed) == ("python", "main_moco.py", str(folders), 5)
     assert (args.epsilon, args.alpha, args.method, args.random_bits) == (0.1, 1.0, "ifm", 2)
-    assert (
-        args.mlp and args.cos and args.crops_only and args.output_dir == str(out / "runs" / trained["name"])
-    )
+    assert args.mlp and args.cos and args.output_dir == str(out / "runs" / trained["name"])
     table = (out / "table.md").read_text()
-    assert f"| 0.2 | 2 | ifm | 0.1 | 1 | {trained['losses']['info_nce']:.3f} |" in table and table in output
+    assert f"| 0.2 | 2 | ifm | 0.1 | 1 | {trained['losses']['training']:.3f} |" in table and table in output
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.pth.tar")) and not list(out.rglob("*.tmp"))
 
@@ -67,70 +62,57 @@ def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, sweep):
     assert (out / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_a_run_that_diverges_is_recorded(tmp_path, sweep):
-    code, output, errors = sweep(*LISTS, "--lr", "1e30")
-    results = {result["name"]: result for result in read_results(tmp_path / "sweep")}
-    assert (code, errors) == (0, "") and results["T0.2_bits2_ifm_eps0.1_seed5"]["diverged"] is True
-    assert "Diverged and left out: T0.2_bits2_ifm_eps0.1_seed5" in output
-
-
 MEASURED = "MEASURED"  # in a line of Python: what leaves a measurement
 
 
-def lines_for_runs(monkeypatch, codes):
-    """Have each run of a sweep be a line of Python, by a word in its name; others measure something."""
+@pytest.fixture
+def line_for_runs(monkeypatch):
+    """`line_for_runs({word: line})`: each run of a sweep is a line of Python, by a word in its name; others
+    measure something.
+    """
     real = shortcuts.job_of
 
-    def job(*arguments):
-        made = real(*arguments)
-        readout = {"class": {"accuracy": 50.0, "chance": 10.0, "converged": True, "weight_decay": 0.1}}
-        found = json.dumps({"readout": readout, "losses": {"info_nce": 2.0}})
-        measured = f"open({str(made.folder / 'measured.json')!r}, 'w').write({found!r})"
-        code = next((line for word, line in codes.items() if word in made.name), MEASURED)
-        return Job(made.run, made.folder, [["-c", code.replace(MEASURED, measured)]])
+    def set_lines(lines):
+        def job(*arguments):
+            made = real(*arguments)
+            readout = {"class": {"accuracy": 50.0, "chance": 10.0, "converged": True}}
+            found = json.dumps({"readout": readout, "losses": {"training": 2.0}})
+            measured = f"open({str(made.folder / 'measured.json')!r}, 'w').write({found!r})"
+            line = next((line for word, line in lines.items() if word in made.name), MEASURED)
+            return Job(made.run, made.folder, [["-c", line.replace(MEASURED, measured)]])
 
-    monkeypatch.setattr(shortcuts, "job_of", job)
+        monkeypatch.setattr(shortcuts, "job_of", job)
+
+    return set_lines
 
 
-def test_how_a_sweep_ends(tmp_path, sweep, monkeypatch):
+def test_how_a_sweep_ends(tmp_path, sweep, line_for_runs):
     words, out = ["--bits", "0", "--seeds", "0", "1"], tmp_path / "sweep"
-    wild = "import sys; print('error: the loss is nan'); sys.exit(3)"
-    codes = {"ifm_eps0.1_seed0": wild, "infonce_seed1": "raise RuntimeError('no such luck')"}
-    lines_for_runs(monkeypatch, codes)
+    line_for_runs({"infonce_seed1": "raise RuntimeError('no such luck')"})
     code, output, _ = sweep(*words)
     assert code == 1 and output.endswith("runs that failed: 1; the same command tries them again\n")
-    assert (
-        "error: T0.2_bits0_infonce_seed1 ended with exit code 1: RuntimeError: no such luck (see " in output
-    )
     assert len(read_results(out)) == 5
-    assert "T0.2_bits0_ifm_eps0.1_seed0 diverged: error: the loss is nan; " in output
-
-    monkeypatch.undo()
-    lines_for_runs(monkeypatch, {"seed1": "import os, time; os.kill(os.getppid(), 15); time.sleep(60)"})
+    line_for_runs({"seed1": "import os, time; os.kill(os.getppid(), 15); time.sleep(60)"})
     code, output, _ = sweep(*words)
     assert code == 75 and output.endswith("stopped by SIGTERM; continue with the same command\n")
     assert output.startswith("6 runs (5 finished)") and len(read_results(out)) == 5
-    monkeypatch.undo()
-    lines_for_runs(monkeypatch, {"seed1": f"import os; {MEASURED}; os.kill(os.getppid(), 15)"})
+    line_for_runs({"seed1": f"import os; {MEASURED}; os.kill(os.getppid(), 15)"})
     code, output, _ = sweep(*words)  # stopped when nothing is left to do
     assert code == 0 and "stopped" not in output and len(read_results(out)) == 6
-    monkeypatch.undo()
-    lines_for_runs(monkeypatch, {})
+    line_for_runs({})
     code, output, _ = sweep(*words, "--seeds", "0", "1", "2")  # also with more values
     assert code == 0 and output.startswith("9 runs (6 finished)") and len(read_results(out)) == 9
 
 
-def test_runs_are_every_combination_named_by_all_digits(tmp_path, sweep, monkeypatch):
-    lines_for_runs(monkeypatch, {})
+def test_runs_are_every_combination_named_by_all_digits(tmp_path, sweep, line_for_runs):
+    line_for_runs({})
     words = ["--bits", "0", "--seeds", "0", "--moco-t", "0.2", ".20", "--method", "ifm", "ifm_only"]
     code, output, _ = sweep(*words, "--epsilon", "-0.0", "0", "1e-7", "0.12345678")
-    names = {result["name"] for result in read_results(tmp_path / "sweep")}
+    results = {result["name"]: result for result in read_results(tmp_path / "sweep")}
     losses = ["infonce"] + [f"{m}_eps{e}" for m in ("ifm", "ifm_only") for e in ("1e-07", "0.12345678")]
-    assert names == {"untrained_bits0_seed0", *(f"T0.2_bits0_{loss}_seed0" for loss in losses)}
+    assert set(results) == {"untrained_bits0_seed0", *(f"T0.2_bits0_{loss}_seed0" for loss in losses)}
     assert code == 0 and output.startswith("6 runs")
-    for result in read_results(tmp_path / "sweep"):
-        assert ("--method" in result["command"]) == bool(result.get("method"))
+    assert all(("--method" in run["command"]) == bool(run.get("method")) for run in results.values())
 
 
 def test_the_views_are_crops_unless_others_are_asked_for(folders):
@@ -144,16 +126,13 @@ def test_the_views_are_crops_unless_others_are_asked_for(folders):
     ("words", "message"),
     [
         (["--epsilon", "0.1", "-0.1"], "--epsilon: must be at least 0"),
-        (["--epsilon", "nan"], "--epsilon"),
-        (["--moco-t", "0"], "--moco-t: must be above 0"),
         (["--seeds", "-1"], "--seed: must be"),
         (["--method", "simclr"], "--method: invalid choice: 'simclr'"),
         (["--bits"], "argument --bits: expected at least one argument"),
-        (["--bits", "64"], "--bits must be from 0 to 63, not [64]"),
+        (["--bits", "64"], "--random-bits: must be between 0 and 63, not 64"),
         (["--epsilom", "0.1"], "--epsilom"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
         (["--data", "nowhere"], "there is no folder nowhere"),
-        (["--epochs", "0"], "--epochs: must be at least 1"),
         (["--image-size", "4"], "--image-size"),
         (["-a", "resnet19"], "torchvision has no classification model 'resnet19'"),
     ],
@@ -162,35 +141,3 @@ def test_wrong_use_is_a_sentence_and_nothing_is_written(tmp_path, sweep, words, 
     code, output, errors = sweep(*words)
     assert (code, output) == (2, "") and message in errors
     assert not (tmp_path / "sweep").exists()
-
-
-def test_folders_that_cannot_be_used_are_refused(tmp_path, sweep):
-    (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "thesis.tex").write_text("")
-    code, _, errors = sweep(*LISTS)
-    assert code == 2 and "is not empty and holds no sweep" in errors
-    (tmp_path / "sweep" / "thesis.tex").unlink()
-    with opened(tmp_path / "sweep", {}):
-        add_result(tmp_path / "sweep", {"name": "x"})
-        code, output, errors = sweep(*LISTS)
-    assert (code, output) == (2, "") and "a sweep is at work in" in errors
-    if not torch.cuda.is_available():
-        code, _, errors = sweep(*LISTS, "--device", "cuda")
-        assert code == 2 and "there is no GPU here" in errors
-
-
-def test_the_help_fits_in_80_columns(cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    code, output, _ = cli(shortcuts.main, "--help")
-    assert code == 0 and max(map(len, output.splitlines())) < 80
-    for flag in (
-        "--bits",
-        "--epsilon",
-        "--moco-t",
-        "--method",
-        "--seeds",
-        "--out",
-        "--data",
-        "--keep-checkpoints",
-    ):
-        assert f"\n  {flag} " in output

@@ -1,4 +1,4 @@
-"""Trifeature images: inside the canvas, in the right colors, and with values that can be told apart."""
+"""Trifeature images: inside the canvas, in the right colors, all different."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def test_values_are_the_published_ones():
 
 
 @pytest.mark.parametrize("size", [16, 64])
-def test_every_combination_lies_wholly_inside_in_its_own_color(size):
+def test_every_combination_lies_inside_in_its_own_color(size):
     seen = set()
     for number, combination in enumerate(itertools.product(SHAPES, TEXTURES, COLORS)):
         rng = np.random.default_rng(number // 100)  # one place for all images of a shape
@@ -60,46 +60,3 @@ def test_shape_and_texture_turn_independently_and_the_place_is_random():
     assert x.min() < 75 and x.max() > 150 and y.min() < 75 and y.max() > 150
     correlation = np.corrcoef([x, y, width, slope, np.abs(slope)])
     assert np.abs(correlation[np.triu_indices(5, 1)]).max() < 0.25
-
-
-def shape_features(image):
-    """Where the outline's pixels lie around its center: numbers that rotation and place do not change."""
-    y, x = np.nonzero(np.abs(image - 128.0).max(2) > 16)
-    offset = (x - x.mean() + 1j * (y - y.mean())) / (TEMPLATE * len(image) / 2)
-    radius, angle = np.abs(offset), np.angle(offset)
-    rings = np.histogram(radius, 8, (0, 1.5))[0]
-    harmonics = [np.abs(np.sum(radius**2 * np.exp(1j * k * angle))) for k in range(2, 7)]
-    return np.array([*rings, *harmonics])
-
-
-def texture_features(image):
-    """Gray levels and spectrum by spatial frequency in the middle of the shape."""
-    y, x = np.nonzero(np.abs(image - 128.0).max(2) > 16)
-    top, left = round(y.mean()) - 12, round(x.mean()) - 12
-    patch = image[top : top + 24, left : left + 24, 0] / 255
-    spectrum = np.abs(np.fft.fft2((patch - patch.mean()) * np.outer(np.hanning(24), np.hanning(24))))
-    frequency = np.fft.fftfreq(24, 1 / 24)
-    ring = np.hypot(frequency, frequency[:, None]).round()
-    rings = [(spectrum[ring == k].mean(), spectrum[ring == k].max()) for k in range(1, 12)]
-    return np.array([patch.mean(), patch.std(), *np.sort(patch.ravel())[::64], *np.ravel(rings)])
-
-
-@pytest.mark.parametrize("factor", ["shape", "texture"])
-def test_values_can_be_told_apart_at_64_pixels(factor):
-    def features(value, seed):
-        rng = np.random.default_rng(seed)
-        if factor == "shape":
-            return shape_features(render(value, "rain", "white", 64, rng))
-        return texture_features(render("circle", value, "white", 64, rng))
-
-    values = list(SHAPES if factor == "shape" else TEXTURES)
-    known, new = (
-        np.array([[features(value, [i, part, n]) for n in range(8)] for i, value in enumerate(values)])
-        for part in range(2)
-    )
-    spread = known.std(1).mean(0) + 1e-6
-    distance = np.linalg.norm((new[:, :, None] - known.mean(1)) / spread, axis=3)  # (value, render, centroid)
-    right = (distance.argmin(2) == np.arange(10)[:, None]).mean()
-    assert right > 0.95
-    shifted = (distance.argmin(2) == (np.arange(10)[:, None] + 1) % 10).mean()
-    assert shifted < 0.05
