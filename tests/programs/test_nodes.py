@@ -38,7 +38,7 @@ def test_torchrun_is_stopped_and_continues_and_a_killed_rank_is_started_again(fo
         program.wait_for("Epoch: [0][0/3]")
         os.kill(program.pid, signal.SIGTERM)
         assert program.end(60) != 0
-        assert re.search(r"stopped in epoch 0 after \d of 3 steps, saved .* \(SIGTERM\)", program.output)
+        assert re.search(r"stopped in epoch 0 after \d of 3 steps \(SIGTERM\);\n   saved ", program.output)
         assert len(checkpoints(tmp_path / "run")) == 1
     with torchrun("--epochs", "9", restarts=1) as program:
         program.wait_for("Epoch: [3][2/3]")
