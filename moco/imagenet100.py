@@ -81,7 +81,7 @@ def _read_labels(imagenet):
     """{name of a validation image without suffix: class id} from Kaggle's LOC_val_solution.csv."""
     path = imagenet / LABELS
     if not path.is_file():
-        raise UserError(f"the images in val/ are not in class folders, and there is no {path}: put it there")
+        raise UserError(f"val/ has no folders of ImageNet classes, and there is no {path}: put it there")
     with open(path, newline="") as file:  # ImageId,PredictionString: the class id, then boxes
         rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
     return {row[0]: row[1].split()[0] for row in rows}
