@@ -122,6 +122,8 @@ def evaluate(rank, args):
     )
     rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {options.speed(args)}")
     rank.print(loader.transport)
+    if not in_workers:
+        rank.print(augment)
     rank.print(f"JPEG files are decoded by {decoder_name()}")
     rank.print(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
     if args.evaluate:
@@ -148,12 +150,9 @@ def evaluate(rank, args):
             set_learning_rates(optimizer, epoch, args)
             meters = Meters(f"Epoch: [{epoch}]", len(loader), rank, shown=results.leader)
             if not train_one_epoch(backbone, ddp, optimizer, loader, augment, meters, log, stop, epoch, args):
-                saved = (
-                    f"--resume auto continues from epoch {epoch}"
-                    if results.best[1]
-                    else "nothing is saved yet"
-                )
-                stop.exit(f"stopped in epoch {epoch}", saved)
+                saved = checkpoints.newest.is_file()
+                advice = f"--resume auto continues from epoch {epoch}" if saved else "nothing is saved yet"
+                stop.exit(f"stopped in epoch {epoch}", advice)
             losses = linear.mean_losses(meters, rank)
             for line in results.check_finite(epoch, losses):
                 rank.print(line)
