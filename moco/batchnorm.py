@@ -32,14 +32,15 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(f"a batch of {N} cannot be split into {self.splits} equal BatchNorm groups")
         if torch.compiler.is_compiling():
             return self._by_formula(x)
-        per_group = [None if t is None else t.repeat(self.splits) for t in (self.weight, self.bias)]
-        running = [
-            None if t is None else t.repeat(self.splits) for t in (self.running_mean, self.running_var)
-        ]
+        weight, bias, *running = (
+            None if t is None else t.expand(self.splits, C).flatten()
+            for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
         y = F.batch_norm(
             x.reshape(N // self.splits, self.splits * C, H, W),
             *running,
-            *per_group,
+            weight,
+            bias,
             training=True,
             momentum=self._momentum(),
             eps=self.eps,
@@ -50,25 +51,25 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return y.reshape(N, C, H, W)
 
     def _by_formula(self, x):
-        """The same by formulas, which a compiler fuses into two passes for any memory format of x.
+        """The same by formulas, which a compiler fuses into few passes for any memory format of x.
 
         Eager kernels treat the groups as channels, which must be adjacent in memory: with channels_last that
         costs a copy.
         """
         groups = x.unflatten(0, (-1, self.splits))  # n x splits x C x H x W
-        groups = groups if x.dtype == torch.float64 else groups.float()
-        var, mean = torch.var_mean(groups, dim=(0, 3, 4), correction=0, keepdim=True)
+        with torch.no_grad():
+            var, mean = torch.var_mean(_wide(groups), dim=(0, 3, 4), correction=0, keepdim=True)
         momentum = self._momentum()
         if self.track_running_stats:
-            count = groups.shape[0] * groups.shape[3] * groups.shape[4]
+            count = x.numel() // mean.numel()
             if count == 1:
                 raise ValueError("BatchNorm needs more than 1 value per channel and group when training")
             for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-                running.copy_((1 - momentum) * running + momentum * new[0, 0, :, 0, 0].detach())
-        y = (groups - mean) * torch.rsqrt(var + self.eps)
-        if self.affine:
-            y = y * self.weight[:, None, None] + self.bias[:, None, None]
-        return y.to(x.dtype).flatten(0, 1)
+                running.copy_((1 - momentum) * running + momentum * new[0, 0, :, 0, 0])
+        weight, bias = self.weight, self.bias
+        if not self.affine:
+            weight, bias = torch.ones_like(mean[0, 0, :, 0, 0]), torch.zeros_like(mean[0, 0, :, 0, 0])
+        return _Normalize.apply(groups, weight, bias, mean, torch.rsqrt(var + self.eps)).flatten(0, 1)
 
     def _momentum(self):
         if self.track_running_stats:
@@ -76,6 +77,36 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if self.momentum is None:  # a cumulative average
             return 1.0 / float(self.num_batches_tracked) if self.track_running_stats else 0.0
         return self.momentum
+
+
+class _Normalize(torch.autograd.Function):
+    """(x - mean) * rstd * weight + bias for x of n x splits x C x H x W and its statistics over n, H and W.
+
+    mean, rstd: 1 x splits x C x 1 x 1; weight, bias: (C,). The statistics are functions of x, and the
+    gradient is that of BatchNorm with m values per channel and group (Ioffe and Szegedy 2015, section 3):
+    dx = weight rstd (g - (sum g + xhat sum(g xhat)) / m). Derived from the operations instead, it would take
+    more passes over memory: the sums one by one, each from its own intermediate results.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, rstd):
+        ctx.save_for_backward(x, weight, mean, rstd)
+        y = (_wide(x) - mean) * rstd * weight[:, None, None] + bias[:, None, None]
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, rstd = ctx.saved_tensors
+        g, xhat = _wide(grad), (_wide(x) - mean) * rstd
+        of_bias = g.sum((0, 3, 4), keepdim=True)  # 1 x splits x C x 1 x 1
+        of_weight = (g * xhat).sum((0, 3, 4), keepdim=True)
+        m = x.numel() // mean.numel()
+        dx = weight[:, None, None] * rstd * (g - (of_bias + xhat * of_weight) / m)
+        return dx.to(x.dtype), of_weight.sum((0, 1, 3, 4)), of_bias.sum((0, 1, 3, 4)), None, None
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def split_batchnorm(module, splits):

@@ -8,30 +8,60 @@ from moco.batchnorm import SplitBatchNorm2d, deinterleave, interleave, split_bat
 from moco.encoders import base_encoder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+
+
+def results(run, layer, x):
+    """What a layer, called as `run`, gives in two steps: output, gradients, running statistics."""
+    inputs = x.clone().requires_grad_()
+    for _ in range(2):
+        y = run(inputs)
+    (y.to(layer.running_mean.dtype) ** 3).sum().backward()
+    gradients = [inputs.grad, *(p.grad for p in layer.parameters())]
+    return [y.detach(), *gradients, layer.running_mean, layer.running_var]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_formula_gives_the_same_as_the_kernels(dtype, layout):
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_is_compiled_gives_the_same_as_the_kernels(dtype, close, layout, affine):
+    """Values, the gradients of its own backward pass against autograd's, and running statistics."""
     torch.manual_seed(0)
-    layers = [SplitBatchNorm2d(5, splits=3) for _ in range(2)]
-    layers[0].weight.data.uniform_(), layers[0].bias.data.normal_()
-    layers[1].load_state_dict(layers[0].state_dict())
-    x, results = torch.randn(12, 5, 4, 3).to(dtype=dtype, memory_format=layout), []
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for layer, run in zip(layers, (layers[0], layers[1]._by_formula), strict=True):
-        layer.to(wide)
-        inputs = x.clone().requires_grad_()
-        for _ in range(2):
-            y = run(inputs)
-        (y.to(wide) ** 3).sum().backward()
-        results.append(
-            [y, inputs.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
-        )
-        assert layer.num_batches_tracked == 2
-    close = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2}[dtype]
-    for ours, theirs in zip(*results, strict=True):
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
-    assert (layers[0](x[[0, 4, 8] * 4]) - layers[1]._by_formula(x)).abs().max() > 0.1  # negative control
+    layers = [
+        SplitBatchNorm2d(5, affine=affine, splits=3).to(torch.promote_types(dtype, torch.float32))
+        for _ in range(3)
+    ]
+    for parameter in layers[0].parameters():
+        parameter.data.normal_()
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    x = torch.randn(12, 5, 4, 3).to(dtype=dtype, memory_format=layout)
+    compiled = torch.compile(layers[1], backend="aot_eager", fullgraph=True)
+    eager, ours = results(layers[0], layers[0], x), results(compiled, layers[1], x)
+    assert layers[1].num_batches_tracked == 2
+    for theirs, own in zip(eager, ours, strict=True):
+        assert own.dtype == theirs.dtype
+        scale = theirs.abs().max()  # the gradient of y ** 3 is of any size
+        torch.testing.assert_close(own / scale, theirs / scale, rtol=0, atol=close)
+    mixed = x[[0, 4, 8] * 4]  # negative control: other groups
+    assert (compiled(mixed) - ours[0]).abs().max() > 0.1
+
+
+def test_the_compiled_gradient_needs_the_terms_of_the_statistics():
+    """The control of the test above: without them the gradient differs, and it sums to something."""
+    layer = SplitBatchNorm2d(3, splits=2).double()
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    (compiled(x) ** 3).sum().backward()
+    # a shift of a whole group changes nothing
+    assert x.grad.unflatten(0, (-1, 2)).sum((0, 3, 4)).abs().max() < 1e-10
+    frozen = (x.detach() * layer.running_var.rsqrt()[:, None, None]).requires_grad_()
+    (frozen**3).sum().backward()
+    assert frozen.grad.unflatten(0, (-1, 2)).sum((0, 3, 4)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet"])

@@ -105,18 +105,24 @@ def train_steps(model, rank, world, arch_size, steps=2):
     return seen, model.state_dict()
 
 
-def split_run(rank, world, make, groups, size):
+def split_run(rank, world, make, groups, size, compiled=False):
     torch.manual_seed(0)
     model = MoCo(make, 16, 24, 0.9, 0.2, mlp=True, epsilon=0.1, bn_splits=groups).double()
+    if compiled:
+        for encoder in (model.encoder_q, model.encoder_k):
+            encoder.compile(backend="aot_eager")
     seen, state = train_steps(model, rank, world, size)
     as_arrays = [[t.numpy() for t in step] for step in seen]
     return as_arrays, {name: t.numpy() for name, t in state.items()}
 
 
-@pytest.mark.parametrize(("make", "size"), [(TinyEncoder, 16), (base_encoder("shufflenet_v2_x0_5"), 64)])
-def test_one_process_with_groups_is_as_many_processes(run_ranks, make, size):
+@pytest.mark.parametrize(
+    ("make", "size", "compiled"),
+    [(TinyEncoder, 16, False), (TinyEncoder, 16, True), (base_encoder("shufflenet_v2_x0_5"), 64, False)],
+)
+def test_one_process_with_groups_is_as_many_processes(run_ranks, make, size, compiled):
     (first, state), (second, _) = run_ranks(2, split_run, make, 1, size)
-    one, one_state = split_run(0, 1, make, 2, size)
+    one, one_state = split_run(0, 1, make, 2, size, compiled)
     for (loss_a, logits_a, slope), (loss_b, logits_b, _), (loss, logits, one_slope) in zip(
         first, second, one, strict=True
     ):

@@ -28,7 +28,12 @@ def build(config, **changes):
     c = config | changes
     torch.manual_seed(c["seed"])
     epsilon = c["epsilon"] if c["method"] else None
-    return MoCo(TinyEncoder, c["dim"], c["K"], c["m"], c["T"], c["mlp"], epsilon=epsilon)
+    splits = c.get("bn_splits", 1)
+    model = MoCo(TinyEncoder, c["dim"], c["K"], c["m"], c["T"], c["mlp"], epsilon=epsilon, bn_splits=splits)
+    if c.get("compiled"):
+        for encoder in (model.encoder_q, model.encoder_k):
+            encoder.compile(backend="aot_eager")
+    return model
 
 
 def replay(rank, world, name, changes):
@@ -75,6 +80,16 @@ def test_recorded_training_is_reproduced(run_ranks, name):
     np.testing.assert_allclose(logits, record["logits0"], rtol=0, atol=1e-5)
     for n, recorded in state_of(record, "final/").items():
         np.testing.assert_allclose(state[n], recorded, rtol=0, atol=1e-5, err_msg=n)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_process_with_groups_reproduces_the_recorded_training_of_two(run_ranks, compiled):
+    config, record = load("ifm_2proc")
+    ((curve, logits, _),) = run_ranks(1, replay, "ifm_2proc", {"bn_splits": 2, "compiled": compiled})
+    np.testing.assert_allclose(curve, record["losses"].mean(axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(logits[: len(logits) // 2], record["logits0"], rtol=0, atol=1e-5)
+    ((without, _, _),) = run_ranks(1, replay, "ifm_2proc", {"compiled": compiled})
+    assert np.abs(np.array(without) - curve).max() > 1e-5
 
 
 @pytest.mark.parametrize("changes", [{"m": 0.98}, {"epsilon": 0.11}, {"T": 0.21}])
