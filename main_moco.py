@@ -132,15 +132,16 @@ def pretrain(rank, args):
             path = checkpoints.save(model, optimizer, scaler, epoch=next_epoch, step=next_step, **entries)
             if finished:
                 means = meters.means() | {"lr": optimizer.param_groups[0]["lr"]}
-                speed, left = f"{means['images_per_s']:.0f} images/s", log.time_left(epoch, args.epochs)
-                loss, lr = f"loss {means['loss']:.4f}", f"lr {means['lr']:.3g}"
-                rank.print(f"epoch {epoch}: {loss}, {lr}, {speed}, run: {left} left")
                 numbers = means | {"queue_fill": queue_fill(epoch, step, loader, args)}
                 try:
                     numbers |= knn(epoch, model.encoder_q)
                 finally:
                     log.epoch(epoch, **numbers)
+                speed, left = f"{means['images_per_s']:.0f} images/s", log.time_left(epoch, args.epochs)
+                loss, lr = f"loss {means['loss']:.4f}", f"lr {means['lr']:.3g}"
+                rank.print(f"epoch {epoch}: {loss}, {lr}, {speed}, run: {left} left")
             if stop.requested() and not (finished and epoch + 1 == args.epochs):
+                checkpoints.wait()
                 stop.exit(
                     f"stopped in epoch {epoch} after {step} of {len(loader)} steps",
                     f"saved {printable(path)}; continue with --resume auto",

@@ -1,10 +1,10 @@
 """Checkpoints of both programs: complete or absent, found again, and read without running code."""
 
 import contextlib
-import io
 import os
 import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,14 +23,16 @@ def save(checkpoint, path, before=None):
     before: the name that the old file gets, if it is to stay. Raises UserError when it cannot be written.
     """
     path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)  # in memory, as torch does not say why it could not write to a file
     try:
-        with atomic_file(path, before) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-    except OSError as error:
+        with atomic_file(path, before) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:
+        # torch's own error, when a write failed, is about the length of the file
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
         raise UserError(
-            f"cannot write the checkpoint {path} ({first_line(error)}); the ones before it are intact: free "
+            f"cannot write the checkpoint {path} ({first_line(reason)}); the ones before it are intact: free "
             "space or choose another --output-dir"
         ) from error
 
@@ -207,10 +209,14 @@ class Checkpoints:
 
     keep: how many of the newest epochs stay; save_freq: every such epoch stays too (0: none). During a run
     the file before the newest stays as well, should the newest be damaged.
+
+    A file is written by a thread while training continues: writing ResNet-50's 370 MB takes longer than 2 %
+    of an epoch of ImageNet-100 on a GPU.
     """
 
     def __init__(self, folder, rank, keep=1, save_freq=0):
         self.folder, self.rank, self.keep, self.save_freq = Path(folder), rank, keep, save_freq
+        self._writer, self._writing = ThreadPoolExecutor(1), None
 
     def newest_first(self):
         """The paths of the checkpoints in the folder."""
@@ -240,25 +246,42 @@ class Checkpoints:
     def save(self, model, optimizer, scaler, *, epoch, step, **entries):
         """Write the state after `step` steps of `epoch` (step 0: `epoch` epochs are finished), on rank 0.
 
-        entries: plain values that stand beside it. Returns the path. Raises UserError.
+        entries: plain values that stand beside it. Returns the path, at which the file is complete after the
+        next call of `save` or `wait`. Raises UserError when it or the file before cannot be written.
         """
         name = f"checkpoint_{epoch:04d}_{step:06d}" if step else f"checkpoint_{epoch - 1:04d}"
         path = self.folder / f"{name}.pth.tar"
         if self.rank.is_first:
+            self._finish_writing()
             scaler_state = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
             state = {
                 "state_dict": published_names(model),
                 "optimizer": optimizer.state_dict(),
                 **scaler_state,
             }
-            save({"epoch": epoch, "step": step, **entries, **state}, path)
-            self._prune(path, self.keep + 1)
+            checkpoint = _copied({"epoch": epoch, "step": step, **entries, **state})
+            self._writing = self._writer.submit(self._write, checkpoint, path)
         return path
+
+    def wait(self):
+        """Wait on all ranks until the file of the last `save` is complete. Raises UserError."""
+        self._finish_writing()
+        self.rank.barrier()
 
     def finish(self):
         """Remove the file that stays only during a run."""
+        self.wait()
         if self.rank.is_first and (paths := self.newest_first()):
             self._prune(paths[0], self.keep)
+
+    def _write(self, checkpoint, path):
+        save(checkpoint, path)
+        self._prune(path, self.keep + 1)
+
+    def _finish_writing(self):
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _prune(self, newest, keep):
         older = [path for path in self.newest_first() if _position(path) <= _position(newest)]
@@ -306,6 +329,15 @@ class LinearCheckpoints:
         """Remove the file that stays only during a run."""
         if self.rank.is_first:
             self.previous.unlink(missing_ok=True)
+
+
+def _copied(value):
+    """The same dicts and lists with copies of their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def _source(newest_first, resume, rank):

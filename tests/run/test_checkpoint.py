@@ -8,7 +8,9 @@ import pickle
 import random
 import re
 import signal
+import threading
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -322,6 +324,7 @@ def saved(folder, *places, keep=1, save_freq=0, after=lambda: None):
     sgd = torch.optim.SGD(model.parameters(), 0.1)
     for epoch, step in places:
         checkpoints.save(model, sgd, OFF, epoch=epoch, step=step)
+        checkpoints.wait()
         after()
     return checkpoints
 
@@ -346,6 +349,48 @@ def test_files_that_stay(tmp_path):
     (tmp_path / ".checkpoint_0008.pth.tar.half.tmp").write_text("")  # of a killed run
     assert checkpoints.load("auto")[0] == str(tmp_path / "checkpoint_0007.pth.tar")
     assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_training_continues_while_a_file_is_written_and_does_not_change_it(tmp_path, monkeypatch):
+    begun, changed = threading.Event(), threading.Event()
+
+    def late(*arguments, real=torch.save):
+        begun.set()
+        assert changed.wait(10)
+        real(*arguments)
+
+    monkeypatch.setattr(torch, "save", late)
+    model = nn.ModuleDict({"encoder_q": nn.Linear(2, 1)})
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model["encoder_q"](torch.ones(1, 2)).sum().backward()
+    sgd.step()
+    weight = model["encoder_q"].weight.detach().clone()
+    momentum = sgd.state[model["encoder_q"].weight]["momentum_buffer"].clone()
+    checkpoints = Checkpoints(tmp_path, Rank.alone())
+    path = checkpoints.save(model, sgd, OFF, epoch=1, step=0)
+    assert begun.wait(10) and not path.exists()
+    sgd.step()
+    changed.set()
+    checkpoints.wait()
+    found = read(path)
+    assert torch.equal(found["state_dict"]["encoder_q.weight"], weight)
+    assert torch.equal(found["optimizer"]["state"][0]["momentum_buffer"], momentum)
+    assert not torch.equal(model["encoder_q"].weight, weight)  # the control: the step did change them
+
+
+@pytest.mark.parametrize("asked", ["save", "wait"])
+def test_a_file_that_could_not_be_written_is_said_by_what_comes_next(tmp_path, asked):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    checkpoints = saved(folder, (1, 0))
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    model = nn.ModuleDict({"encoder_q": nn.Linear(2, 1)})
+    now = partial(checkpoints.save, model, torch.optim.SGD(model.parameters(), 0.1), OFF)
+    now(epoch=2, step=0)
+    with pytest.raises(UserError, match="cannot write the checkpoint .*checkpoint_0001.*No such file"):
+        now(epoch=3, step=0) if asked == "save" else checkpoints.wait()
 
 
 def test_files_of_linear_evaluation(tmp_path):
