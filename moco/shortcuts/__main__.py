@@ -104,6 +104,14 @@ def words_of(run, data, folder, others):
     return words + [str(word) for name, value in own.items() for word in (f"--{name}", value)]
 
 
+def device_names(device):
+    """What CUDA_VISIBLE_DEVICES is to be for each of the devices: all GPUs visible here, or no GPU."""
+    if device == "cpu":
+        return [""]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
 def job_of(name, run, data, out, others, epochs):
     """The sweep.Job of a run: training, unless its last checkpoint is there, and its measurement."""
     folder = Path(out, "runs", name)
@@ -155,10 +163,9 @@ def main():
         print(f"{len(runs)} runs ({len(runs) - len(jobs)} finished), {parallel} in parallel on {args.device}")
         path = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
-        if args.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        environments = [environment | {"CUDA_VISIBLE_DEVICES": name} for name in device_names(args.device)]
         with StopRequest(Rank.alone()) as stop:
-            failures = sweep.run_jobs(args.out, jobs, parallel, environment, stop, args.keep_checkpoints)
+            failures = sweep.run_jobs(args.out, jobs, parallel, environments, stop, args.keep_checkpoints)
             results = sweep.read_results(args.out)
             print(write_report(args.out, results))
             if stop.name and len(results) < len(finished) + len(jobs):

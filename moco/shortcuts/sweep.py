@@ -77,20 +77,23 @@ def add_result(out, result):
         temporary.write_text("".join(lines))
 
 
-def run_jobs(out, jobs, parallel, environment, stop, keep_checkpoints=False):
+def run_jobs(out, jobs, parallel, environments, stop, keep_checkpoints=False):
     """Carry out Jobs, `parallel` at a time, and record each that finishes or diverges (exit code 3) in `out`.
     Returns sentences on those that failed.
 
-    environment: variables of the commands; stop: a moco.run.signals.StopRequest. When a stop is requested no
-    other command starts, those that run get SIGTERM, and all have ended when this returns.
+    environments: variables of the commands, one dict for each device; a command gets that of a device with
+    the fewest commands. stop: a moco.run.signals.StopRequest. When a stop is requested no other command
+    starts, those that run get SIGTERM, and all have ended when this returns.
     """
     waiting = [(job, job.commands) for job in jobs]
-    running, failures, terminated = {}, [], False  # running: {process: (job, its further commands)}
+    running, failures, terminated = {}, [], False  # {process: (job, its further commands, device)}
     try:
         while running or (waiting and not stop.requested()):
             while waiting and len(running) < parallel and not stop.requested():
                 job, (command, *further) = waiting.pop(0)
-                running[_start(job, command, environment)] = job, further
+                used = [device for *_, device in running.values()]
+                device = min(range(len(environments)), key=used.count)
+                running[_start(job, command, environments[device])] = job, further, device
             # Once, as a second signal would end them without a checkpoint.
             if stop.requested() and not terminated:
                 for process in running:
@@ -98,7 +101,7 @@ def run_jobs(out, jobs, parallel, environment, stop, keep_checkpoints=False):
                 terminated = True
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
-                job, further = running.pop(process)
+                job, further, _ = running.pop(process)
                 code, log = process.returncode, job.folder / LOG
                 if code == 0 and further:
                     waiting.insert(0, (job, further))

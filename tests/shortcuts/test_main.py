@@ -141,3 +141,12 @@ def test_wrong_use_is_a_sentence_and_nothing_is_written(tmp_path, sweep, words, 
     code, output, errors = sweep(*words)
     assert (code, output) == (2, "") and message in errors
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_devices_are_those_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert shortcuts.device_names("cpu") == [""]
+    assert shortcuts.device_names("cuda") == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-6")
+    assert shortcuts.device_names("cuda") == ["4", "GPU-6"]

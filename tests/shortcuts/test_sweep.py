@@ -24,11 +24,11 @@ def job(out, name, *lines, seed=0):
     return Job({"seed": seed}, folder, [["-c", line.format(folder=folder)] for line in lines])
 
 
-def work(out, jobs, parallel=2, keep=False):
+def work(out, jobs, parallel=2, keep=False, devices=("",)):
     """(failures, the signal that stopped it) of jobs in the folder `out`."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environments = [os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": name} for name in devices]
     with opened(out, {}), StopRequest(Rank.alone()) as stop:
-        return run_jobs(out, jobs, parallel, environment, stop, keep), stop.name
+        return run_jobs(out, jobs, parallel, environments, stop, keep), stop.name
 
 
 def names(out):
@@ -46,6 +46,16 @@ def test_runs_are_recorded_with_what_identifies_them(tmp_path, capsys, keep):
         assert (folder / "log.txt").read_text() == "trained\nmeasured\n"
         assert (folder / "checkpoint_0000.pth.tar").exists() == keep
     assert capsys.readouterr().out.count(" finished; ") == 3
+
+
+def test_runs_are_spread_over_the_devices(tmp_path):
+    look = (
+        "import json, os, time; time.sleep(0.3); "
+        "json.dump({{'device': os.environ['CUDA_VISIBLE_DEVICES']}}, open('{folder}/measured.json', 'w'))"
+    )
+    work(tmp_path, [job(tmp_path, f"run{n}", look) for n in range(4)], 4, devices=("2", "GPU-5"))
+    found = {result["name"]: result["device"] for result in read_results(tmp_path)}
+    assert found == {"run0": "2", "run1": "GPU-5", "run2": "2", "run3": "GPU-5"}
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
