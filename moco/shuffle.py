@@ -23,9 +23,9 @@ def batch_shuffle(images, order=None):
         images = images.to(torch.get_autocast_dtype(device.type))
     if order is None:
         order = _drawn_on_rank_0(len(images) * world, device)
-    undo = _to_device(torch.argsort(order), device)
+    undo = to_device(torch.argsort(order), device)
     if world == 1:
-        return images[_to_device(order, device)], undo
+        return images[to_device(order, device)], undo
     return _exchanged(images, order), undo
 
 
@@ -37,6 +37,13 @@ def concat_all_gather(tensor):
     gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(gathered, tensor.contiguous())
     return torch.cat(gathered)
+
+
+def to_device(tensor, device):
+    """A tensor of the CPU on `device`, without waiting for it."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def world_size():
@@ -56,12 +63,12 @@ def _exchanged(images, order):
     received = torch.empty_like(images, memory_format=torch.contiguous_format)
     dist.all_to_all_single(
         received,
-        images[_to_device(torch.cat(to_send), images.device)].contiguous(),
+        images[to_device(torch.cat(to_send), images.device)].contiguous(),
         output_split_sizes=torch.bincount(sources[me], minlength=world).tolist(),
         input_split_sizes=[len(part) for part in to_send],
     )
     position = torch.argsort(torch.argsort(sources[me], stable=True))  # they arrive sorted by source
-    return received[_to_device(position, images.device)]
+    return received[to_device(position, images.device)]
 
 
 def _drawn_on_rank_0(count, device):
@@ -71,10 +78,3 @@ def _drawn_on_rank_0(count, device):
     order = order.to(device)
     dist.broadcast(order, src=0)
     return order.cpu()
-
-
-def _to_device(indices, device):
-    """Indices from the CPU on the device, without waiting for it."""
-    if device.type != "cuda":
-        return indices
-    return indices.pin_memory().to(device, non_blocking=True)

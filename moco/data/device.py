@@ -20,6 +20,7 @@ from PIL import Image
 from moco.data.augment import VIEW
 from moco.errors import first_line
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD
+from moco.shuffle import to_device
 
 # Any order of four operations fits into: blend, hue, blend, blend, hue, blend. By the place of hue in the
 # drawn order: the blends that the other three operations are, and which of the two hues is used.
@@ -86,7 +87,7 @@ class DeviceAugment:
 
         records: what was drawn for them, (N,) of VIEW. Raises ValueError for a sigma of MAX_SIGMA or more.
         """
-        parameters = _to_device(_parameters(records), self.device)
+        parameters = _sent(_parameters(records), self.device)
         tables = _normalized_bytes(self.device), _hues_below(self.device)
         return self._apply(self.recipe, *tables, pixels.contiguous(), parameters)
 
@@ -145,12 +146,11 @@ def _parameters(records):
     }
 
 
-def _to_device(parameters, device):
+def _sent(parameters, device):
     """The arrays as tensors on `device`, sent in one copy that is not waited for."""
     rows = {name: np.atleast_2d(array) for name, array in parameters.items()}
     packed = torch.from_numpy(np.concatenate([array.view(np.int32) for array in rows.values()]))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    packed = to_device(packed, device)
     tensors = packed.split([len(array) for array in rows.values()])
     return {
         name: (tensor.view(torch.float32) if array.dtype == np.float32 else tensor).view(array.shape)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from moco.seeds import BITS, fold
+from moco.shuffle import to_device
 
 MOST = 63  # bits in one number of moco.seeds.fold
 TRAIN, HELD_OUT = range(2)  # the two parts of a data set, each with image numbers from 0
@@ -41,5 +42,6 @@ class RandomBits:
     def __call__(self, batch):
         """The views of a Batch: float32 (N, 3 + bits, H, W) each."""
         views = self.augment(batch)
-        values = bits_of(self.seed, TRAIN, batch.indices.tolist(), self.bits).to(views[0].device)
+        values = bits_of(self.seed, TRAIN, batch.indices.tolist(), self.bits)
+        values = to_device(values, views[0].device)
         return [with_channels(view, values) for view in views]

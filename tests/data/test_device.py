@@ -129,7 +129,7 @@ def test_compilation_keeps_the_bits():
 
     records = drawn(moco_v2(), 16)
     records["order"] = [(1, 2, 0, 3), (0, 1, 2, 3)] * 8
-    parameters = device._to_device(device._parameters(records), CPU)
+    parameters = device._sent(device._parameters(records), CPU)
     arguments = device._normalized_bytes(CPU), photographs(16, 32, 32), parameters
     compiled = torch.compile(some, fullgraph=True, dynamic=False, options={"cpp.simdlen": 1})  # in less time
     assert torch.equal(compiled(*arguments), some(*arguments))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_cuda import Stream, fake_cuda
 from forked_program import Program, abandoned, lives
 from spawned_loader import load_and_end
 
@@ -120,63 +121,32 @@ def test_an_epoch_ends_the_one_before_it():
         next(new)
 
 
-# A device that copies later than it is asked to.
+# On a CUDA device that is none.
 
 
-class LateCopies:
-    """Stands in for a GPU: copies out of the ring happen when somebody waits for the event behind them."""
-
-    def __init__(self, monkeypatch, patient=True, code=0):
-        self.patient, self.code, self.pinned, self.events = patient, code, [], []
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
-        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
-        monkeypatch.setattr(rings, "_copies", self.copies)
-
-    def cudaHostRegister(self, address, size, flags):
-        self.pinned += [] if self.code else [(address, size)]
-        return self.code
-
-    def cudaHostUnregister(self, address):
-        self.pinned = [entry for entry in self.pinned if entry[0] != address]
-
-    def copies(self, tensors, stream):
-        copies = [torch.zeros_like(tensor) for tensor in tensors]
-        self.events.append(self.Event(self, copies, tensors))
-        return copies, self.events[-1]
-
-    class Event:
-        def __init__(self, late, copies, tensors):
-            self.late, self.todo = late, list(zip(copies, tensors, strict=True))
-
-        def synchronize(self):
-            if self.late.patient:
-                for copy, tensor in self.todo:
-                    copy.copy_(tensor)
-                self.todo = []
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_slot_is_written_to_again_when_its_copy_to_the_device_has_ended(monkeypatch, waits):
+    if not waits:  # negative control
+        monkeypatch.setattr(Stream, "synchronize", lambda event: None)
+    with fake_cuda() as gpu:
+        loader, right = ring(2, device="cuda"), []
+        for batch, keys in zip(loader.epoch(batches(240)), batches(240), strict=True):
+            assert batch.pixels.is_cuda and batch.targets.is_cuda
+            right.append(
+                is_batch(batch._replace(pixels=batch.pixels.cpu(), targets=batch.targets.cpu()), keys)
+            )
+        assert gpu.registered == {loader._memory.ctypes.data: loader._memory.nbytes}
+        loader.close()
+    assert all(right) and len(right) == 12 and gpu.registered == {}
+    assert (gpu.overwritten == []) == waits
 
 
-@pytest.mark.parametrize("patient", [True, False])
-def test_a_slot_is_written_to_again_when_its_copy_to_the_device_has_ended(monkeypatch, patient):
-    late = LateCopies(monkeypatch, patient)
-    loader = ring(2, device=torch.device("cuda"))
-    taken = list(loader.epoch(batches(240)))
-    assert late.pinned == [(loader._memory.ctypes.data, loader._memory.nbytes)]
-    late.patient = True
-    for event in late.events:
-        event.synchronize()
-    right = [is_batch(*pair) for pair in zip(taken, batches(240), strict=True)]
-    # Negative control: waiting for events that say "ended" too early gives slots away that are still copied.
-    assert all(right) == patient
-    loader.close()
-    assert late.pinned == []
-
-
-def test_memory_that_cannot_be_pinned_is_no_error(monkeypatch, capfd):
-    LateCopies(monkeypatch, code=2)
-    loader = ring(0, device="cuda")
-    for _ in range(2):
-        assert len(list(loader.epoch(batches(40)))) == 2
-    loader.close()
+def test_memory_that_cannot_be_pinned_is_no_error(capfd):
+    with fake_cuda(pin_error=2):
+        loader = ring(0, device="cuda")
+        for _ in range(2):
+            assert len(list(loader.epoch(batches(40)))) == 2
+        loader.close()
     said = capfd.readouterr().err
     assert re.fullmatch(r"note: CUDA cannot pin the loader's .* \(error 2\); .*\n", said)
 
