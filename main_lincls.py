@@ -120,7 +120,8 @@ def evaluate(rank, args):
         f"{len(images)} training and {len(val_images)} validation images of {args.folder}, "
         f"{len(classes)} classes"
     )
-    rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {options.speed(args)}")
+    speed = options.speed(args, rank.device)
+    rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {speed}")
     rank.print(loader.transport)
     if not in_workers:
         rank.print(augment)
@@ -190,9 +191,10 @@ def train_one_epoch(backbone, probes, optimizer, loader, augment, meters, log, s
         optimizer.step()
 
         meters.update(losses, linear.accuracies(outputs, batch.targets), len(images))
+        stop_requested = stop.requested()  # on any rank; all have queued this step, which printing waits for
         if step % args.print_freq == 0:
             log.step(meters, epoch, step, lr=lr, head=head)
-        if stop.requested():  # on any rank
+        if stop_requested:
             return step + 1 == len(loader)
     return True
 

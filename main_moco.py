@@ -111,7 +111,8 @@ def pretrain(rank, args):
     rank.print(f"{augment}; JPEG files are decoded by {decoder_name()}")
     if args.random_bits:
         augment = RandomBits(args.random_bits, seed, augment)
-    rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {options.speed(args)}")
+    encoders = options.speed(args, rank.device)
+    rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {encoders}")
     for line in options.notes(args, len(images), groups):
         rank.print(line)
 

@@ -139,12 +139,22 @@ def resolve(args, device):
             ) from error
 
 
-def speed(args):
+def speed(args, device):
     """A clause on precision, memory format and compilation, after `resolve`."""
-    precision = args.amp or "float32"
-    if precision == "float32" and torch.cuda.is_available() and torch.backends.cudnn.allow_tf32:
-        precision = "float32 (TF32 in convolutions)"
-    return f"encoders in {precision}" + ", channels_last" * args.channels_last + ", compiled" * args.compile
+    with autocast(args, device):
+        clause = f"encoders in {precision(device)}"
+    return clause + ", channels_last" * args.channels_last + ", compiled" * args.compile
+
+
+def precision(device):
+    """How encoders' products are computed, as torch is set at this moment: "float32, TF32 convolutions"."""
+    if torch.is_autocast_enabled(device.type):
+        return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+    tf32 = []
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        backends = {"convolutions": torch.backends.cudnn.conv, "matrices": torch.backends.cuda.matmul}
+        tf32 = [name for name, backend in backends.items() if backend.fp32_precision == "tf32"]
+    return "float32" + f", TF32 {' and '.join(tf32)}" * bool(tf32)
 
 
 def autocast(args, device):

@@ -1,12 +1,11 @@
 """Rounds in turns, medians and quartiles, the machine, and tables: shared by the measurements.
 
-A report is a dict that JSON can hold: "about", what was measured and where, and "tables", {title: {row:
-{column: number, text or spread}}}.
+A report is a dict that JSON can hold: "about", what was measured and where; "checks" (moco.bench.checks);
+"tables", {title: {row: {column: number, text or spread}}}; and "notes", sentences. Only tables must be there.
 """
 
 import math
 import os
-import platform
 import time
 
 import numpy as np
@@ -53,33 +52,51 @@ def spread(values):
 
 def about(device, **setting):
     """The machine, how busy it was, the versions (moco.run.log.machine), and the setting: a dict."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
-    load = round(os.getloadavg()[0], 1)
-    return {"cpu": cpu, "cores": available_cores(), "load": load, **machine(device), "setting": setting}
+    found = {**machine(device), "cores": available_cores(), "load": round(os.getloadavg()[0], 1)}
+    if device.type == "cuda":
+        found["memory_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
+        found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return found | {"setting": setting}
 
 
 def text(report):
-    """A report for a person: a few lines about it, and its tables, in Markdown."""
+    """A report for a person, in Markdown: a heading that names the device, where and how it was measured, the
+    checks, the tables, and notes.
+    """
     parts = []
     if about := report.get("about"):
-        setting = ", ".join(f"{name} {value}" for name, value in about["setting"].items())
-        where = "{cpu}, {cores} cores, load {load}; device {device}; torch {versions[torch]}".format(**about)
-        parts.append(f"{where}\n{setting}\nmedians [quartiles] of rounds in turns")
-    for title, rows in report["tables"].items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        lines = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
-        widths = [max(map(len, column)) for column in zip([title, *columns], *lines, strict=True)]
-        ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        parts.append(
-            "\n".join(
-                f"| {' | '.join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])} |"
-                for name, *cells in ([title, *columns], ruler, *lines)
-            )
-        )
-    return "\n\n".join(parts)
+        git, memory = about["git"], about.get("memory_gb")
+        device = about["cpu"] if about["device"] == "cpu" else f"{about['device']}, {memory:.0f} GB"
+        commit = f"commit {git['commit'][:7]}{', changed' * git['changed']}" if git else "no commit"
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        parts += [
+            f"# {device}",
+            f"- {about['time']}, `python -m moco.bench {' '.join(about['command'][1:])}`, {commit}\n"
+            f"- {about['cpu']}, {about['cores']} cores, load {about['load']}\n"
+            f"- {versions}\n"
+            f"- {', '.join(f'{name} {value}' for name, value in about['setting'].items())}\n"
+            "- medians [quartiles] of rounds in turns",
+        ]
+    parts.append("\n".join(_check_line(name, check) for name, check in report.get("checks", {}).items()))
+    parts += [_table(title, rows) for title, rows in report["tables"].items()]
+    parts.append("\n".join(f"- {note}" for note in report.get("notes", ())))
+    return "\n\n".join(filter(None, parts))
+
+
+def _check_line(name, check):
+    fault = f": {check['differs']}" if check["differs"] else ""
+    return f"- {check['verdict']}: {name} ({check['compared']}){fault}"
+
+
+def _table(title, rows):
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip([title, *columns], *lines, strict=True)]
+    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(
+        f"| {' | '.join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])} |"
+        for name, *cells in ([title, *columns], ruler, *lines)
+    )
 
 
 def _cell(value):

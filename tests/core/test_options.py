@@ -192,7 +192,7 @@ def test_a_compiler_that_is_missing_is_said(monkeypatch):
 def test_layout_changes_no_name_and_no_value():
     args = options.pretraining(["--channels-last"])
     options.resolve(args, CPU)
-    assert options.speed(args) == "encoders in float32, channels_last"
+    assert options.speed(args, CPU) == "encoders in float32, channels_last"
     network = base_encoder("resnet18")(num_classes=4)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     options.prepare(args, network)
@@ -287,3 +287,21 @@ def test_a_number_that_is_none_in_the_environment_is_said(folders, tmp_path, cli
     code, _, errors = cli(main_moco.main, *MOCO, folders, "--output-dir", tmp_path, "--dist-url", "env://")
     assert code == 2
     assert "RANK must be a whole number, not 'x'" in errors
+
+
+def test_precision_is_named_as_torch_is_set(monkeypatch):
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        for capability, in_conv, in_matmul, expected in (
+            ((9, 0), "tf32", "ieee", "float32, TF32 convolutions"),
+            ((9, 0), "tf32", "tf32", "float32, TF32 convolutions and matrices"),
+            ((9, 0), "ieee", "ieee", "float32"),
+            ((7, 0), "tf32", "tf32", "float32"),
+        ):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+            conv.fp32_precision, matmul.fp32_precision = in_conv, in_matmul
+            assert options.precision(CUDA) == expected
+            assert options.precision(CPU) == "float32"
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
