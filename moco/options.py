@@ -134,8 +134,8 @@ def resolve(args, device):
             torch.compile(torch.sin)(torch.ones(2, device=device))
         except Exception as error:  # of a compiler, a linker, a driver, or their absence
             raise UserError(
-                f"--compile does not work here ({first_line(error)}); it needs a C++ compiler on a CPU (apt "
-                "install g++) and Triton on a GPU; leave it out, with --fast by --no-compile"
+                f"--compile does not work here ({first_line(error)}); it needs a C++ compiler (apt install "
+                "g++), on a GPU also Triton; leave it out, with --fast by --no-compile"
             ) from error
 
 

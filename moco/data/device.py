@@ -68,8 +68,11 @@ class DeviceAugment:
             self._apply = torch.compile(_apply, fullgraph=True, dynamic=False, options=options)
             levels = self.difference(*batch_shape)
             return f"differ from the CPU's by {levels:.3g} levels" if levels else None
+        except torch.OutOfMemoryError:  # then a step does not fit either
+            raise
         except Exception as error:  # whatever a compiler or a driver raises, the run continues without
-            return f"cannot be computed ({type(error).__name__}: {first_line(error)})"
+            needs = "they need Triton and a C compiler (apt install gcc)"
+            return f"cannot be computed ({type(error).__name__}: {first_line(error)}); {needs}"
 
     def __str__(self):
         return self._line

@@ -99,6 +99,16 @@ def test_compiled_operations_are_used_when_they_are_equal_to_the_cpus(monkeypatc
         assert re.search(said, str(augment))
 
 
+def test_a_device_without_enough_memory_is_not_taken_for_one_without_a_compiler(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: "compiled")
+    monkeypatch.setattr(DeviceAugment, "difference", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        DeviceAugment(moco_v1(), "cuda", True)
+
+
 def test_the_comparison_finds_a_difference():
     augment = on_cpu(moco_v1())
     assert augment.difference() == augment.difference(10, 20) == augment.difference(60, 20) == 0
