@@ -2,7 +2,7 @@
 
 Every start comes down to the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE): a
 spawned process gets them from its parent. Without them a process is a world of one. Nothing outside this
-module, moco.run.signals and moco.shuffle asks whether a run is distributed.
+module and moco.shuffle asks whether a run is distributed.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,13 +33,21 @@ from moco.run.signals import EXIT_CODE, SIGNALS, exit_on_signal
 
 TIMEOUT = 900.0  # seconds until a process that meets nobody gives up
 SILENCE = 20.0  # seconds of waiting before it says so
+# How long ranks wait for one that is busy, with a cache or a slow disk. That a rank has ended is noticed at
+# once, by gloo's connections.
+PATIENCE = timedelta(hours=6)
 GRACE = 5.0  # seconds that ranks get to end by themselves after one of them failed
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Who this process is. host_processes: how many of the run's processes share this machine."""
+    """Who this process is, and what it sends the others.
+
+    host_processes: how many of the run's processes share this machine; cpu_group: a group over gloo for all
+    that is not on the device, as NCCL ends a run in which one rank keeps the others waiting for ten minutes
+    (None: the default group, when that is gloo's).
+    """
 
     rank: int
     world_size: int
@@ -45,6 +55,7 @@ class Rank:
     local_world_size: int
     host_processes: int
     device: torch.device
+    cpu_group: "dist.ProcessGroup | None" = None
 
     @classmethod
     def alone(cls, device="cpu"):
@@ -73,7 +84,7 @@ class Rank:
         """Rank 0's value of something picklable."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
     def all_gather(self, value):
@@ -81,18 +92,28 @@ class Rank:
         values = [value]
         if self.world_size > 1:
             values *= self.world_size
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.cpu_group)
         return values
+
+    def any(self, flag):
+        """Whether `flag` is true on any rank. No device is waited for."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor(flag, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(found)
 
     def all_reduce(self, tensor):
         """The sum of `tensor` over all ranks; the tensor itself is changed and returned."""
         if self.world_size > 1:
+            if self.cpu_group is not None:
+                self.barrier()  # so that no device waits for a rank that is slow or has failed
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self):
-        """Wait for all ranks."""
-        self.broadcast(None)
+        """Wait for all ranks, not for their devices."""
+        self.any(False)
 
     def check_same(self, settings):
         """Raise UserError on all ranks when the dict `settings` is not equal on all of them."""
@@ -113,8 +134,21 @@ class Rank:
         """
         if self.world_size == 1:
             return model
+        for weight in model.parameters():
+            if weight.requires_grad and weight.shape[2:] == (1, 1):
+                weight.register_hook(partial(_with_strides, weight.stride()))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(identical))
+        self.barrier()  # compilation may have taken others longer than NCCL waits
         return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+
+
+def _with_strides(strides, gradient):
+    """The gradient of a 1x1 kernel with the weight's strides, if they differ in dimensions of size 1 only.
+
+    There they mean nothing, but DistributedDataParallel warns, as in a compiled backward pass, which chooses
+    those of channels_last.
+    """
+    return gradient.as_strided(gradient.shape, strides) if gradient.stride()[:2] == strides[:2] else gradient
 
 
 def launch(worker, args, *, nodes=-1, node_rank=-1, url=None, backend=None, spawn=False, gpu=None):
@@ -180,6 +214,13 @@ def failure_of(error):
     text = str(error)
     if isinstance(error, UserError):
         return error, False
+    if isinstance(error, RuntimeError) and re.search("out of memory|STATUS_ALLOC_FAILED", text):
+        found = re.search(r"allocate (.*?)\. (GPU \d+) has .* of (.*?) of which (.*?) is free", text)
+        memory = "{1} has {2}, {3} free, and {0} more were needed".format(*found.groups()) if found else ""
+        return UserError(
+            f"the GPU's memory does not hold a step ({memory or first_line(error)}); lower --batch-size, use "
+            "--amp or --fast, or end other programs on the GPU (nvidia-smi lists them)"
+        ), False
     if re.search("Connection (closed|reset) by peer|ncclRemoteError", text):
         return UserError("another process of the run ended; its message says why"), True
     # gloo, after a wait that took too long
@@ -196,8 +237,7 @@ def failure_of(error):
 def _run(worker, args, url, backend, gpu, report=None):
     """Call the worker as one rank of the group at `url` (None: a world of one), then leave the group.
 
-    report: called with (UserError or None, is a consequence, traceback) before the group is left, which may
-    take its time when other ranks hang.
+    report: called with (UserError or None, is a consequence, traceback) before the group is left.
     """
     try:
         rank = _join(url, backend, gpu)  # before our handlers: a signal during the meeting ends the process
@@ -207,22 +247,36 @@ def _run(worker, args, url, backend, gpu, report=None):
         failure, is_consequence = failure_of(error)
         if report:
             report((failure, is_consequence, traceback.format_exc()))
-        if dist.is_initialized() and dist.get_backend() == "nccl":
-            dist.distributed_c10d._abort_process_group()  # destroying would wait for the other ranks
+        _leave(error, is_consequence)
         if failure in (None, error):
             raise
         raise failure from error
-    except SystemExit as stop:
+    except (SystemExit, KeyboardInterrupt) as stop:
         _leave(stop)
         raise
     _leave()
 
 
-def _leave(stop=None):
-    if dist.is_initialized():
-        if stop:  # DistributedDataParallel, which frames of the traceback hold, goes before its group
-            traceback.clear_frames(stop.__traceback__)
+def _leave(error=None, is_consequence=False):
+    """Leave the process group. error: what ends this rank, perhaps while the others go on."""
+    if not dist.is_initialized():
+        return
+    if error and dist.get_backend() == "nccl":
+        if not is_consequence:
+            _wait_for_device(GRACE)
+        dist.distributed_c10d._abort_process_group()  # destroying would wait for the other ranks
+    elif not isinstance(error, Exception):
+        if error:  # DistributedDataParallel, which frames of the traceback hold, goes before its group
+            traceback.clear_frames(error.__traceback__)
         dist.destroy_process_group()
+
+
+def _wait_for_device(seconds):
+    """Let the device finish what the others' devices take part in: they would wait for it for ever."""
+    with contextlib.suppress(Exception):  # the device itself may have failed
+        queued, deadline = torch.cuda.current_stream().record_event(), time.monotonic() + seconds
+        while not queued.query() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def _join(url, backend, gpu):
@@ -230,6 +284,8 @@ def _join(url, backend, gpu):
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if url else 0
     index = gpu if gpu is not None else local_rank
+    if gpu is None and torch.cuda.device_count() == 1:
+        index = 0  # a launcher may show each process its own GPU alone
     if has_gpu and index >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this machine has no GPU of its own (of {torch.cuda.device_count()}); "
@@ -251,15 +307,29 @@ def _join(url, backend, gpu):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     _meet(url, rank, world_size, local_world_size, backend or ("nccl" if has_gpu else "gloo"))
-    found = Rank(rank, world_size, local_rank, local_world_size, 1, device)
+    cpu_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+    found = Rank(rank, world_size, local_rank, local_world_size, 1, device, cpu_group)
     found.check_same({"torch": torch.__version__, "code": code_hash()})
-    sharing = found.all_gather(socket.gethostname()).count(socket.gethostname())
+    if has_gpu:
+        _check_own_gpu(found)
+    machines = found.all_gather(socket.gethostname())
+    found = replace(found, host_processes=machines.count(socket.gethostname()))
     if device.type == "cpu":
-        torch.set_num_threads(max(1, available_cores() // sharing))
-    return Rank(rank, world_size, local_rank, local_world_size, sharing, device)
+        torch.set_num_threads(found.cores)
+    return found
+
+
+def _check_own_gpu(rank):
+    """Raise UserError on all ranks when two of them have the same GPU, however each process numbers them."""
+    gpus = rank.all_gather(str(torch.cuda.get_device_properties(rank.device).uuid))
+    for gpu in gpus:
+        if gpus.count(gpu) > 1:
+            ranks = " and ".join(str(number) for number, other in enumerate(gpus) if other == gpu)
+            raise UserError(f"ranks {ranks} have the same GPU ({gpu}); start one process per GPU")
 
 
 def _meet(url, rank, world_size, local_world_size, backend):
+    """Make the default process group, which device tensors go over."""
     place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if url == "env://" else url
     try:
         with _said_after(SILENCE, f"rank {rank} of {world_size} is waiting for the others at {place}"):
@@ -267,7 +337,8 @@ def _meet(url, rank, world_size, local_world_size, backend):
             if world_size == local_world_size:
                 # torchrun keeps its store when it restarts the ranks, with what the dead ones left there
                 store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+            patience = PATIENCE if backend == "gloo" else None  # None: the backend's default
+            dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(

@@ -145,7 +145,7 @@ class RunLog:
     def __init__(self, folder, name, rank, *, epoch, step, steps, tensorboard=False, **start):
         self.rank, self.steps, self.path = rank, steps, Path(folder) / name
         self._file = self._board = None
-        self._start, self._first_epoch = time.monotonic(), epoch
+        self._marks = [(time.monotonic(), epoch * steps + step)]  # times, and steps finished by then
         if not rank.is_first:
             return
         try:
@@ -173,6 +173,8 @@ class RunLog:
     def step(self, meters, epoch, step, *, lr, features=None, **numbers):
         """Print and write a step. features: statistics, 0-dim. tensors by name; meters keep their means."""
         meters.update_features(features or {})
+        if len(self._marks) == 1:
+            self._marks.append((time.monotonic(), epoch * self.steps + step + 1))
         if not self._file:
             return
         print(meters.line(step), flush=True)
@@ -204,9 +206,14 @@ class RunLog:
             self._write({"kind": "epoch", "epoch": epoch, **numbers, **memory})
 
     def time_left(self, epoch, epochs):
-        """The remaining time of a run of `epochs` after `epoch`, in words, by the time since this start."""
-        finished = epoch + 1 - self._first_epoch
-        return duration((time.monotonic() - self._start) / finished * (epochs - epoch - 1))
+        """The remaining time of a run of `epochs` after `epoch`, in words, by the steps since this start.
+
+        Those before the first printed step's end, in which networks are compiled, count only if there are no
+        others.
+        """
+        steps, left = (epoch + 1) * self.steps, (epochs - epoch - 1) * self.steps
+        start, before = [mark for mark in self._marks if mark[1] < steps][-1]
+        return duration((time.monotonic() - start) / (steps - before) * left)
 
     def _write(self, entry):
         entry = _plain(entry)

@@ -5,9 +5,6 @@ import os
 import signal
 import time
 
-import torch
-import torch.distributed as dist
-
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the run was stopped and can be continued
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME = (
@@ -23,8 +20,6 @@ class StopRequest:
 
     def __init__(self, rank):
         self.rank, self.name = rank, None
-        # gloo also on GPUs: the question must not wait for the device
-        self._group = dist.new_group(backend="gloo") if rank.world_size > 1 else None
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -41,15 +36,8 @@ class StopRequest:
             os._exit(128 + number)
 
     def requested(self):
-        """Whether any rank received a signal, the same answer on all ranks (collective: ask once per step).
-
-        In a world of one nothing is sent; otherwise it is an all-reduce of four bytes on the host.
-        """
-        if self._group is None:
-            return self.name is not None
-        flag = torch.tensor(self.name is not None, dtype=torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        """Whether any rank received a signal, the same answer on all (collective: ask once per step)."""
+        return self.rank.any(self.name is not None)
 
     def exit(self, stopped, advice):
         """Print what was `stopped`, by which signal, and `advice` on rank 0; exit ranks with EXIT_CODE."""

@@ -9,7 +9,11 @@ from started_runs import at_step
 import main_moco
 from moco.errors import UserError
 
-FAILING = "FAILING_RANKS"  # of `failing`: such as "01"
+FAILING = "FAILING_RANKS"  # of `failing`: such as "01:unexpected"
+ERRORS = {
+    "unexpected": ValueError("as intended"),
+    "no memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (a test)"),
+}
 
 
 def leave_sum(rank, args):
@@ -30,11 +34,12 @@ def pretrain(rank, args, real=main_moco.pretrain):
 
 
 def failing(rank, args, real=main_moco.pretrain):
-    """As main_moco.pretrain, but in its third step the ranks of the variable FAILING run out of memory."""
+    """As main_moco.pretrain, but in its third step the ranks of the variable FAILING raise one of ERRORS."""
+    ranks, error = os.environ[FAILING].split(":")
 
     def fail():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (a test)")
+        raise ERRORS[error]
 
-    if str(rank.rank) in os.environ[FAILING]:
+    if str(rank.rank) in ranks:
         at_step(3, fail)
     return real(rank, args)

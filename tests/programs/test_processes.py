@@ -76,12 +76,24 @@ def test_the_traceback_of_an_exception_is_shown(folders, tmp_path, start, ranks,
     def fails():
         main_moco.pretrain = spawned_ranks.failing
 
-    monkeypatch.setenv(spawned_ranks.FAILING, ranks)
+    monkeypatch.setenv(spawned_ranks.FAILING, f"{ranks}:unexpected")
     with TwoRanks(*RUN, folders, "--output-dir", tmp_path, prepare=fails, start=start) as program:
         assert program.end(60) == 1, program.output
-    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (a test)" in program.output
+    assert "ValueError: as intended" in program.output
     assert program.output.count("Traceback") == 1 and "another process" not in program.output
     assert "Epoch: [0][0/3]" in program.output
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_gpu_without_enough_memory_becomes_one_sentence(folders, tmp_path, world, monkeypatch):
+    def fails():
+        main_moco.pretrain = spawned_ranks.failing
+
+    monkeypatch.setenv(spawned_ranks.FAILING, "01:no memory")
+    output = run(*RUN, folders, "--output-dir", tmp_path, prepare=fails, world=world, code=2)
+    said = re.findall(r"^main_moco.py: error: (.*)", output, re.MULTILINE)
+    assert len(said) == 1 and said[0].startswith("the GPU's memory does not hold a step (CUDA out of memory")
+    assert "lower --batch-size" in said[0] and "Traceback" not in output and "another process" not in output
 
 
 @STARTS

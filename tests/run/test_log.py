@@ -11,6 +11,7 @@ import torch
 from written_logs import lines_of, scalars
 
 from moco.errors import DivergedError, UserError
+from moco.progress import duration
 from moco.run.launch import Rank
 from moco.run.log import Meters, RunLog, git_state, machine
 
@@ -103,6 +104,33 @@ def test_a_log_that_cannot_be_written_is_said(tmp_path):
         os.symlink("/dev/full", tmp_path / "full")
         with pytest.raises(UserError, match="No space left on device"):
             RunLog(tmp_path, "full", ALONE, **place)
+
+
+@pytest.mark.parametrize(
+    ("first", "epoch", "others", "left"),
+    [
+        ((0, 0), 0, 0, 9 * 40),  # of 10 epochs of 4 steps, 10 s each; the first step takes 1,000 s
+        ((0, 0), 2, 0, 7 * 40),
+        ((0, 0), 2, 20, 7 * 4 * (11 * 10 + 3 * 20) / 11),  # kNN and saving take 20 s after an epoch
+        ((3, 2), 3, 0, 6 * 40),  # from step 2 of epoch 3 on
+        ((3, 3), 3, 0, 6 * 4 * 1000),  # nothing else is known
+        ((3, 3), 4, 0, 5 * 40),
+    ],
+)
+def test_the_time_that_is_left_is_by_steps_after_compilation(
+    tmp_path, monkeypatch, first, epoch, others, left
+):
+    now = [0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    (start, step), steps, meters = first, 4, metered([1.0])
+    with RunLog(tmp_path, "log.jsonl", ALONE, epoch=start, step=step, steps=steps) as log:
+        for place in range(start * steps + step, (epoch + 1) * steps):
+            now[0] += 10 if now[0] else 1000
+            if place == start * steps + step or place % 5 == 0:
+                log.step(meters, place // steps, place % steps, lr=1.0)
+            if place % steps == steps - 1:
+                now[0] += others
+        assert log.time_left(epoch, 10) == duration(left)
 
 
 def test_other_ranks_write_nothing(tmp_path):

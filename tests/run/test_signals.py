@@ -47,7 +47,7 @@ def test_all_ranks_get_the_same_answer_by_one_question_a_step(run_ranks, at):
     ends = run_ranks(2, told_to_stop, at)
     steps = 2 if at is not None else 4
     names = ["SIGUSR1" if rank == at else None for rank in range(2)]
-    assert ends == [(steps, steps + 1, EXIT_CODE, name) for name in names]
+    assert ends == [(steps, steps + 2, EXIT_CODE, name) for name in names]  # with the barrier of exit
 
 
 def test_a_second_signal_ends_at_once():
