@@ -35,7 +35,7 @@ TIMEOUT = 900.0  # seconds until a process that meets nobody gives up
 SILENCE = 20.0  # seconds of waiting before it says so
 # How long ranks wait for one that is busy, with a cache or a slow disk. That a rank has ended is noticed at
 # once, by gloo's connections.
-PATIENCE = timedelta(hours=6)
+PATIENCE = timedelta(hours=2)
 GRACE = 5.0  # seconds that ranks get to end by themselves after one of them failed
 PACKAGE = Path(__file__).resolve().parent.parent
 
