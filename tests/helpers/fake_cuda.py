@@ -252,6 +252,7 @@ def fake_cuda(devices=1, pin_error=0):
         "is_available": lambda: True,
         "device_count": lambda: devices,
         "set_device": lambda device: setattr(gpu, "device", torch.device(device)),
+        "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device: "fake GPU",
         "get_device_properties": lambda device: SimpleNamespace(uuid=torch.device(device).index),
         "is_bf16_supported": lambda including_emulation: True,
