@@ -127,6 +127,7 @@ def test_a_parent_starts_a_process_for_each_gpu_and_raises_what_one_raises(tmp_p
 
 def with_one_gpu(number, world, uuids, folder, port):
     """The device of a rank that sees one GPU, or why it is refused."""
+    dist.barrier()  # neither leaves while the other is still entering
     dist.destroy_process_group()
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     torch.cuda.set_device = lambda device: None
