@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported: moco/run/README.md, "Threads"
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from moco.data.augment import linear_train
 from moco.data.cache import decoded_cache
 from moco.data.decode import decoder_name
 from moco.data.device import DeviceAugment, normalize
-from moco.data.folders import data_folder, labeled_folders, paths_of
+from moco.data.folders import data_folder, image_folder, labeled_folders, paths_of
+from moco.data.gray import range_warnings, uses_of_some
 from moco.data.loader import TrainLoader, ValidationLoader, batch_per_process
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
@@ -32,9 +34,10 @@ from moco.run.checkpoint import (
     check_arch,
     check_compatible,
     check_linear,
-    encoder_state,
+    load_encoder,
     load_strictly,
     read,
+    with_counters,
 )
 from moco.run.launch import launch
 from moco.run.log import Meters, RunLog
@@ -46,7 +49,10 @@ def main():
     check_image_size(args.arch, args.image_size)
     make_output_folder(args.output_dir)
     args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
-    labeled_folders(args.folder, args.target)  # fails before any process is started
+    if args.evaluate:
+        image_folder(args.folder, "val")  # fails before any process is started
+    else:
+        labeled_folders(args.folder, args.target)
     if args.pretrained and not Path(args.resume).is_file():  # the checkpoint to resume has the features too
         args.pretrained = str(zoo.resolve(args.pretrained))  # downloads a released model
     launch(evaluate, args, **options.processes(args))
@@ -76,8 +82,13 @@ def evaluate(rank, args):
     settings = options.settings(args, seed)
 
     # Data. Every random number of a view is a function of (seed, epoch, index): moco/data/README.md
-    images, val_images, classes = labeled_folders(args.folder, args.target)
-    rank.check_same(settings | {"images": len(images), "classes": classes, "checkpoint": source})
+    if args.evaluate:
+        val_images, classes = linear.labeled_validation(args.folder, args.target, checkpoint, source)
+        images = []
+    else:
+        images, val_images, classes = labeled_folders(args.folder, args.target)
+    data = {"images": len(images), "validation_images": len(val_images)}
+    rank.check_same(settings | data | {"classes": classes, "checkpoint": source})
     in_workers = args.device_aug == "off"  # where flips are made
     loading = {
         "size": args.image_size,
@@ -85,19 +96,22 @@ def evaluate(rank, args):
         "rank": rank.rank,
         "world_size": rank.world_size,
         "resize": args.resize,
+        "gray_range": args.gray_range,
         "workers": rank.loader_workers(args.workers),
         "device": rank.device,
     }
     cache = val_cache = None
     if args.cache:
         node = rank.rank, rank.local_rank, rank.local_world_size, rank.all_gather
-        cache = decoded_cache(paths_of(images), *node, loading["workers"])
-        val_cache = decoded_cache(paths_of(val_images), *node, loading["workers"])
-    extra = {"views": 1, "photometric": in_workers, "cache": cache, "on_bad_image": args.on_bad_image}
-    loader = TrainLoader(images, linear_train(), seed=seed, **loading, **extra)
+        decode = partial(decoded_cache, gray_range=args.gray_range)
+        cache = decode(paths_of(images), *node, loading["workers"]) if images else None
+        val_cache = decode(paths_of(val_images), *node, loading["workers"])
     val_loader = ValidationLoader(val_images, cache=val_cache, **loading)
-    batch_shape = loading["batch_size"], args.image_size
-    augment = DeviceAugment(linear_train(), rank.device, not in_workers, batch_shape)
+    if not args.evaluate:
+        extra = {"views": 1, "photometric": in_workers, "cache": cache, "on_bad_image": args.on_bad_image}
+        loader = TrainLoader(images, linear_train(), seed=seed, drop_last=False, **loading, **extra)
+        batch_shape = loading["batch_size"], args.image_size
+        augment = DeviceAugment(linear_train(), rank.device, not in_workers, batch_shape)
 
     # Model. All is frozen but the last layer, which starts small and equal for every --lr and rank.
     torch.manual_seed(seed)
@@ -106,9 +120,9 @@ def evaluate(rank, args):
     backbone.fc.bias.zero_()
     if resumed:
         linear.check_classes(checkpoint, source, classes)
-        load_strictly(backbone, checkpoint["state_dict"], source)
+        load_strictly(backbone, with_counters(checkpoint["state_dict"], backbone), source)
     elif source:
-        load_strictly(backbone, encoder_state(checkpoint, source), source, ("fc.weight", "fc.bias"))
+        taken = load_encoder(backbone, checkpoint, source, args.arch)
     lrs = args.lr[:1] if args.evaluate else args.lr  # a checkpoint's own tensors are of one classifier
     probes = linear.Probes(backbone.fc, len(lrs)).to(rank.device)
     backbone.fc = nn.Identity()
@@ -116,25 +130,30 @@ def evaluate(rank, args):
     backbone.to(rank.device)
     results = linear.Results(lrs, classes)
 
-    rank.print(
-        f"{len(images)} training and {len(val_images)} validation images of {args.folder}, "
-        f"{len(classes)} classes"
-    )
+    counts = f"{len(images)} training and {len(val_images)}" if images else len(val_images)
+    rank.print(f"{counts} validation images of {args.folder}, {len(classes)} classes")
+    for split in filter(None, (images, val_images)):
+        if split.left_out:
+            rank.print(split.left_out)
+    if rank.is_first and args.gray_range is None:
+        for line in range_warnings(uses_of_some(paths_of(images or val_images))):
+            rank.print(line)
     speed = options.speed(args, rank.device)
     rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {speed}")
-    rank.print(loader.transport)
-    if not in_workers:
+    rank.print(val_loader.transport if args.evaluate else loader.transport)
+    if not in_workers and not args.evaluate:
         rank.print(augment)
     rank.print(f"JPEG files are decoded by {decoder_name()}")
     rank.print(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
+    if source and not resumed:
+        rank.print(f"pretrained: {taken}")
     if args.evaluate:
         accuracies, _ = validate(backbone, probes, val_loader, rank, args, shown=0)
-        rank.print(results.accuracy_line(accuracies, 0))
+        rank.print(*results.accuracy_line(accuracies, 0).splitlines())
         return
 
     optimizer = linear.sgd(probes, lrs, args.momentum, args.weight_decay)
     first_epoch = args.start_epoch
-    data = {"images": len(images), "validation_images": len(val_images)}
     data |= {"global_batch": loader.global_batch, "processes": rank.world_size}
     if resumed:
         check_compatible(checkpoint, source, data, settings, rank)
@@ -154,16 +173,13 @@ def evaluate(rank, args):
                 saved = checkpoints.newest.is_file()
                 advice = f"--resume auto continues from epoch {epoch}" if saved else "nothing is saved yet"
                 stop.exit(f"stopped in epoch {epoch}", advice)
-            losses = linear.mean_losses(meters, rank)
+            losses = linear.mean_losses(meters, rank, len(images))
             for line in results.check_finite(epoch, losses):
                 rank.print(line)
             linear.check_frozen(backbone, frozen)
 
             accuracies, confusion = validate(backbone, probes, val_loader, rank, args, results.leader)
             best, improved = results.add(epoch, losses, accuracies, confusion)
-            rank.print(results.accuracy_line(accuracies, best))
-            log.epoch(epoch, **meters.times(), **results.log_entries(best, meters, optimizer))
-
             entries = {"epoch": epoch + 1, "arch": args.arch, "classes": classes}
             entries |= {"seed": seed, "settings": settings, "data": data}
             model_best = linear.checkpoint_of(best, backbone, probes, optimizer, results) | entries
@@ -171,10 +187,12 @@ def evaluate(rank, args):
             if rank.is_first:
                 results.write(Path(args.output_dir) / "linear.json", seed)
             checkpoints.save(newest, model_best if improved else None)
+            log.epoch(epoch, **meters.times(), **results.log_entries(best, meters, optimizer))
+            rank.print(*results.accuracy_line(accuracies, best).splitlines())
             if stop.requested() and epoch + 1 < args.epochs:
                 stop.exit(f"stopped after epoch {epoch}", f"--resume auto continues from epoch {epoch + 1}")
-    rank.print(results.table())
     checkpoints.finish()
+    rank.print(*results.table().splitlines())
 
 
 def train_one_epoch(backbone, probes, optimizer, loader, augment, meters, log, stop, epoch, args):
@@ -182,15 +200,19 @@ def train_one_epoch(backbone, probes, optimizer, loader, augment, meters, log, s
     lr, head = optimizer.param_groups[meters.shown]["lr"], args.lr[meters.shown]
     for step, batch in meters.timed(loader.epoch(epoch)):
         [images] = augment(batch)  # float32 N x 3 x S x S
-        features = features_of(backbone, images, args)  # N x d
+        N = len(batch.targets)  # in the epoch's last step perhaps less than that of images, or 0
+        features = features_of(backbone, images, args)[:N]  # N x d
         outputs = probes(features)  # of each classifier N x classes
-        losses = torch.stack([F.cross_entropy(output, batch.targets) for output in outputs])
+        losses = torch.stack([linear.mean_loss(output, batch.targets) for output in outputs])
 
         optimizer.zero_grad()
-        losses.sum().backward()  # each classifier gets the gradient of its own loss
+        # Each classifier gets the gradient of its own loss, as the mean over all images of the step. The mean
+        # over ranks is that once each is weighted by its images; the weight is 1 in all but the last step.
+        weight = N * meters.rank.world_size / loader.images_in(step)
+        (weight * losses).sum().backward()
         optimizer.step()
 
-        meters.update(losses, linear.accuracies(outputs, batch.targets), len(images))
+        meters.update(losses, linear.accuracies(outputs, batch.targets), N)
         stop_requested = stop.requested()  # on any rank; all have queued this step, which printing waits for
         if step % args.print_freq == 0:
             log.step(meters, epoch, step, lr=lr, head=head)
@@ -203,7 +225,9 @@ def train_one_epoch(backbone, probes, optimizer, loader, augment, meters, log, s
 def validate(backbone, probes, loader, rank, args, shown):
     """([(top-1, top-5) of each classifier in percent], confusion counts) on the images of all ranks."""
     meters = Meters("Test: ", len(loader), rank, shown=shown)
-    targets, top = [], []
+    classes, numbers = probes.each[0].out_features, {"dtype": torch.int64, "device": rank.device}
+    targets = [torch.empty(0, **numbers)]  # a rank may have no image
+    top = [torch.empty(len(probes.each), 0, min(5, classes), **numbers)]
     for step, batch in meters.timed(loader):
         features = features_of(backbone, normalize(batch.pixels[0]), args)
         outputs = probes(features)
@@ -212,8 +236,8 @@ def validate(backbone, probes, loader, rank, args, shown):
         if step % args.print_freq == 0:
             rank.print(meters.line(step))
         targets.append(batch.targets)
-        top.append(torch.stack([output.topk(min(5, output.shape[1])).indices for output in outputs]))
-    return linear.score(torch.cat(targets), torch.cat(top, dim=1), outputs[0].shape[1], rank)
+        top.append(torch.stack([output.topk(min(5, classes)).indices for output in outputs]))
+    return linear.score(torch.cat(targets), torch.cat(top, dim=1), classes, rank)
 
 
 @torch.no_grad()

@@ -22,9 +22,10 @@ from moco.data.decode import decoder_name
 from moco.data.device import DeviceAugment
 from moco.data.experiments import RandomBits
 from moco.data.folders import data_folder, image_folder, paths_of
+from moco.data.gray import range_warnings, uses_of_some
 from moco.data.loader import TrainLoader, batch_per_process
 from moco.encoders import base_encoder, check_image_size
-from moco.errors import printable, run_program
+from moco.errors import run_program
 from moco.evaluate.features import similarities
 from moco.evaluate.knn import KnnMonitor
 from moco.files import make_output_folder
@@ -67,13 +68,14 @@ def pretrain(rank, args):
         "rank": rank.rank,
         "world_size": rank.world_size,
         "resize": args.resize,
+        "gray_range": args.gray_range,
         "workers": rank.loader_workers(args.workers),
         "device": rank.device,
     }
     cache = None
     if args.cache:
         node = rank.rank, rank.local_rank, rank.local_world_size, rank.all_gather
-        cache = decoded_cache(paths_of(images), *node, loading["workers"])
+        cache = decoded_cache(paths_of(images), *node, loading["workers"], gray_range=args.gray_range)
     extra = {"photometric": in_workers, "cache": cache, "on_bad_image": args.on_bad_image}
     loader = TrainLoader(images, recipe, seed=seed, **loading, **extra)
     batch_shape = 2 * loading["batch_size"], args.image_size
@@ -106,7 +108,12 @@ def pretrain(rank, args):
         # of a stop within an epoch; "noted" is of files of earlier versions
         sums = checkpoint.get("log", {}) | checkpoint.get("noted", {}) if step else {}
 
-    rank.print(f"{len(images)} images of {printable(args.folder)}")
+    rank.print(f"{len(images)} images of {args.folder}")
+    if images.left_out:
+        rank.print(images.left_out)
+    if rank.is_first and args.gray_range is None:
+        for line in range_warnings(uses_of_some(paths_of(images))):
+            rank.print(line)
     rank.print(f"{len(loader)} steps of {loader.global_batch} images an epoch, {loader.transport}")
     rank.print(f"{augment}; JPEG files are decoded by {decoder_name()}")
     if args.random_bits:
@@ -145,7 +152,7 @@ def pretrain(rank, args):
                 checkpoints.wait()
                 stop.exit(
                     f"stopped in epoch {epoch} after {step} of {len(loader)} steps",
-                    f"saved {printable(path)}; continue with --resume auto",
+                    f"saved {path}; continue with --resume auto",
                 )
             step, sums = 0, {}
         checkpoints.finish()

@@ -1,8 +1,8 @@
 """Reads every image of a data set as training would, and names the bad ones: `python -m moco.check DIR`."""
 
-import argparse
 import contextlib
 import copy
+import functools
 import sys
 import warnings
 from collections import Counter
@@ -14,88 +14,118 @@ from PIL import Image
 from moco import trifeature
 from moco.data.decode import decoder_name, read_pixels, reason
 from moco.data.folders import image_folder, paths_of, use_numbers_of_train
+from moco.data.gray import RangeError, overall, range_warnings, span, use_of
 from moco.data.ring import Workers
-from moco.errors import UserError, printable, run_program
+from moco.errors import Parser, UserError, printable, run_program
+from moco.options import add_gray_range
 from moco.progress import Progress
 from moco.run.resources import available_cores
 
 TASK = 16  # images that a worker reads at a time
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+CHANNELS = 277  # TIFF's tag
+PHOTOMETRIC = 262  # TIFF's tag; 0 is white stored as 0
+BATCH = 256  # -b of main_moco.py, where it is not given
 
 
-def check(folder, workers=None):
+def check(folder, workers=None, gray_range=None):
     """The lines of a report on the data set `folder`, and whether training and linear evaluation can use it.
 
-    folder: holds train/ and perhaps val/; workers: processes that read (None: one per core, 0: this one).
-    Raises UserError when there is no train/, and when there is no class folder or an empty one.
+    folder: holds train/ and perhaps val/; workers: processes that read (None: one per core, 0: this one);
+    gray_range: --gray-range of the programs. Raises UserError when pre-training would at once.
     """
     folder = Path(folder)
-    splits = [image_folder(folder, "train")]
-    if (folder / "val").is_dir():  # pre-training does without
-        splits.append(image_folder(folder, "val"))
-    report, faults, count = [], [], sum(map(len, splits))
-    for images in splits:
-        paths = paths_of(images)
-        examined = _examine_all(paths, workers, printable(images.root))
-        report += _summary(images, examined)
-        faults += [
-            f"bad: {printable(path)}: {printable(fault)}"
-            for path, (fault, _, _) in zip(paths, examined, strict=True)
-            if fault
-        ]
-    if faults:
-        advice = "repair or remove them, or train with --on-bad-image skip (images of train/ only)"
-        faults.append(f"{len(faults)} of {count} images cannot be read: {advice}")
-    else:
-        report.append(f"all {count} images can be read, by {decoder_name()}")
-    if (folder / trifeature.SETTINGS).exists():
-        report.append("Trifeature: val/ has combinations that train/ does not have, by design")
-    elif len(splits) == 2:
+    train, val, report, faults = image_folder(folder, "train"), None, [], []
+    if (folder / "val").exists():  # pre-training does without
         try:
-            use_numbers_of_train(splits[0], copy.copy(splits[1]), "linear evaluation refuses it")
+            val = image_folder(folder, "val")
         except UserError as error:
             faults.append(f"fault: {error}")
-    return report + faults, not faults
+    splits = [images for images in (train, val) if images]
+    bad, uses, without_range, count = [], [], 0, sum(map(len, splits))
+    for images in splits:
+        paths = paths_of(images)
+        examined = _examine_all(paths, workers, images.root, gray_range)
+        report += _summary(images, examined, gray_range)
+        uses += [use for *_, use in examined if use]
+        bad += [f"bad: {path}: {fault}" for path, (fault, *_) in zip(paths, examined, strict=True) if fault]
+        without_range += sum(bool(fault and use) for fault, *_, use in examined)
+    report += range_warnings(uses, gray_range)
+    if bad:
+        advice = "repair or remove them, or train with --on-bad-image skip (images of train/ only)"
+        if without_range:
+            others = f"; of the other {len(bad) - without_range}: {advice}" * (len(bad) > without_range)
+            advice = f"{without_range} need the --gray-range named above, here and in training{others}"
+        bad.append(f"{len(bad)} of {count} images cannot be read: {advice}")
+    else:
+        report.append(f"all {count} images can be read, by {decoder_name()}")
+    if len(train) < 2:
+        faults.append("fault: pre-training refuses it: train/ has 1 image, and a batch needs 2")
+    evaluation = "linear evaluation will start"
+    if (folder / trifeature.SETTINGS).exists():
+        report.append("Trifeature: val/ has combinations that train/ does not have, by design")
+        evaluation += " with --target shape, texture or color"
+    elif val:
+        try:
+            use_numbers_of_train(train, copy.copy(val), "linear evaluation refuses it")
+        except UserError as error:
+            faults.append(f"fault: {error}")
+    if not (bad or faults):
+        most = f", with -b {len(train)} or less" if len(train) < BATCH else ""
+        evaluation = evaluation if val else "linear evaluation needs val/, which is missing"
+        report.append(f"pre-training will start{most}; {evaluation}")
+    return report + bad + faults, not (bad or faults)
 
 
-def _examine_all(paths, workers, label):
+def _examine_all(paths, workers, label, gray_range):
     """What `_examine` returns for each path, by `workers` processes, with progress."""
     tasks = [paths[first : first + TASK] for first in range(0, len(paths), TASK)]
     workers = min(available_cores() if workers is None else workers, len(tasks))
     examined, progress = [], Progress(label, len(paths), "images")
-    with contextlib.closing(Workers(_examine_part, workers)) as processes, progress:
+    function = functools.partial(_examine_part, gray_range)
+    with contextlib.closing(Workers(function, workers)) as processes, progress:
         for part in processes.map(tasks):
             examined += part
             progress.update(len(part))
     return examined
 
 
-def _examine_part(paths):
-    return [_examine(path) for path in paths]
+def _examine_part(gray_range, paths):
+    return [_examine(path, gray_range) for path in paths]
 
 
-def _examine(path):
-    """(why an image file cannot be read, or None; (width, height) or None; remarks) of a path."""
+def _examine(path, gray_range):
+    """(why an image file cannot be read, or None; (width, height) or None; remarks; its moco.data.gray.Use or
+    None) of a path.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's name no file
         try:
-            height, width, _ = read_pixels(path).shape
-            return None, (width, height), list(_remarks(path))
+            height, width, _ = read_pixels(path, gray_range).shape
+            return None, (width, height), list(_remarks(path)), use_of(path)
         except (UserError, OSError) as error:
-            return reason(error.__cause__ or error), None, []
+            cause = error.__cause__ or error
+            return reason(cause), None, [], use_of(path) if isinstance(cause, RangeError) else None
 
 
 def _remarks(path):
     with Image.open(path) as image:
         stored = f"{image.mode} {image.tile[0][-1] if image.tile else ''}"  # Pillow's mode, and the file's
+        tags = getattr(image, "tag_v2", {})
         if image.mode == "CMYK":
             yield "in CMYK: converted to RGB without their color profile"
-        if image.mode == "I" or ";16" in stored:
+        if ";16" in stored and len(image.getbands()) > 1:
             yield "with 16 bits a color: the high 8 are used"
+        if tags.get(PHOTOMETRIC) == 0 and image.mode[0] in "IF":
+            yield "gray of more than 8 bits with white stored as 0: read without inverting it"
         if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
             yield "with transparency: it is dropped"
+        if tags.get(CHANNELS, 1) > len(image.getbands()):
+            yield f"with {tags[CHANNELS]} channels, of which {len(image.getbands())} are read"
         if _orientation(image) > 1:
             yield "with an orientation in EXIF: training ignores it and takes the pixels as stored"
+        if image.format != "MPO" and _frames(image) > 1:  # MPO: a photograph and its preview
+            yield "with several pages or frames: only the first is read"
 
 
 def _orientation(image):
@@ -105,16 +135,29 @@ def _orientation(image):
         return 1
 
 
-def _summary(images, examined):
+def _frames(image):
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # damage behind the first
+        return 1
+
+
+def _summary(images, examined, gray_range):
     """Lines about an ImageFolder, from what `_examine` returned for its images."""
-    sizes = np.array([size for _, size, _ in examined if size], int).reshape(-1, 2)
-    yield f"{printable(images.root)}: images {len(images)}, classes {len(images.classes)}"
+    sizes = np.array([size for _, size, *_ in examined if size], int).reshape(-1, 2)
+    yield f"{images.root}: images {len(images)}, classes {len(images.classes)}"
     of_classes = list(Counter(images.targets).values())
     yield f"  images of a class (smallest / median / largest): {_range(of_classes)}"
     if len(sizes):
         yield f"  pixels: width {_range(sizes[:, 0])}, height {_range(sizes[:, 1])}"
-    remarks = Counter(remark for *_, remarks in examined for remark in remarks)
+    remarks = Counter(remark for *_, remarks, _ in examined for remark in remarks)
     yield from (f"  {count} {remark}" for remark, count in remarks.items())
+    for count, use in overall(use for *_, use in examined if use):
+        mapped = gray_range or use.limits
+        becomes = f", {span(mapped)} become 0 to 255" if mapped else ""
+        yield f"  {count} gray with {use.kind} values: {span(use)}{becomes}"
+    if images.left_out:
+        yield f"  {images.left_out}"
 
 
 def _range(numbers):
@@ -122,7 +165,7 @@ def _range(numbers):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moco.check",
         description="Read every image of a data set as training would, and name the bad ones.",
         epilog="Exit code 0: training and linear evaluation can use the data set; 1: they cannot, and the "
@@ -132,12 +175,13 @@ def main():
     parser.add_argument(
         "-j", "--workers", type=int, metavar="N", help="processes that read (default: one per core)"
     )
+    add_gray_range(parser.add_argument)
     args = parser.parse_args()
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers must be 0 (read in this process) or more, not {args.workers}")
 
-    report, fine = check(args.folder, args.workers)
-    print("\n".join(report))
+    report, fine = check(args.folder, args.workers, args.gray_range)
+    print("\n".join(map(printable, report)))
     sys.exit(0 if fine else 1)
 
 

@@ -1,13 +1,25 @@
-"""Errors that a user can correct, and how the programs report them."""
+"""Errors that a user can correct, and how the programs print them and all that may hold a name.
 
+A file's name is bytes: it may be no UTF-8, hold line breaks, or codes that a terminal obeys.
+"""
+
+import argparse
+import contextlib
 import os
+import shlex
 import sys
 
 
 class UserError(Exception):
-    """An error that the user can correct. Its message, one line, says what is wrong, then what to do."""
+    """An error that the user can correct. Its message says what is wrong, then what to do.
+
+    str() of it is one line, whatever names are in it (`printable`).
+    """
 
     exit_code = 2
+
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class DivergedError(UserError):
@@ -16,14 +28,56 @@ class DivergedError(UserError):
     exit_code = 3
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line below the usage, whatever was given."""
+
+    def error(self, message):
+        super().error(printable(message))
+
+
 def first_line(error):
     """The first line of an exception's message, at most 160 characters, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def printable(path):
-    """A path, which may contain any bytes, as text with escapes for what cannot be printed in one line."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
+def printable(text):
+    """A text or path with escapes for what cannot be printed in one line; applied twice, the same."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
+def shell_word(path):
+    """A path as a word of a command line for bash or zsh that can be printed, copied and run."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = set(range(32, 127)) - set(b"'\\")
+    escaped = (chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(text))
+    return f"$'{''.join(escaped)}'"
+
+
+def say(line, file=None):
+    """Print a line about a run on `file` (default: standard output): `printable` but for tabs.
+
+    The run goes on when it cannot be printed, as when its reader has ended, the terminal is closed or the
+    disk is full: nothing more is printed there then.
+    """
+    file = sys.stdout if file is None else file
+    try:
+        print("\t".join(map(printable, str(line).split("\t"))), file=file, flush=True)
+    except OSError as error:
+        _silence(file)
+        if file is not sys.stderr:
+            say(f"note: nothing can be printed any more ({error.strerror}); the run goes on", sys.stderr)
+
+
+def escape_output():
+    """Have standard output and error escape what their encoding lacks, instead of raising."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started the program, as by 2>&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as the program runs
+        elif hasattr(stream, "reconfigure"):  # not where a notebook has replaced it
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_program(main, name=None):
@@ -31,15 +85,23 @@ def run_program(main, name=None):
 
     name: of the program (default: the file name in sys.argv[0]). Ctrl-C exits with 130, without a traceback.
     """
+    escape_output()
     try:
         main()
     except UserError as error:
-        name = name or os.path.basename(sys.argv[0])
-        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        say(f"{name or os.path.basename(sys.argv[0])}: error: {error}", sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr, flush=True)
+        say("", sys.stderr)
+        say("interrupted", sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output has ended, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
+        _silence(sys.stderr)
         sys.exit(1)
+
+
+def _silence(stream):
+    """Let what is printed on a stream go nowhere, and what waits to be printed, which Python would report."""
+    with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -6,7 +6,6 @@
 The program prints the lines that load the file in that library.
 """
 
-import argparse
 import copyreg
 import os
 import pickle
@@ -17,10 +16,10 @@ import numpy as np
 import torch
 
 from moco.encoders import on_meta_device
-from moco.errors import UserError, first_line, run_program
+from moco.errors import Parser, UserError, first_line, printable, run_program, shell_word
 from moco.evaluate.features import backbone
 from moco.files import atomic_file, check_free
-from moco.run.checkpoint import encoder_state, load_strictly, read
+from moco.run.checkpoint import encoder_state, read
 from moco.zoo import resolve
 
 SUFFIXES = {  # by which the libraries recognize the formats
@@ -32,12 +31,12 @@ SUFFIXES = {  # by which the libraries recognize the formats
 RESNETS = ("resnet", "resnext", "wide_resnet")  # those that timm and Detectron2 build like torchvision
 USAGE = {
     "torchvision": "model = torchvision.models.{arch}(); model.fc = torch.nn.Identity()\n"
-    'model.load_state_dict(torch.load("{out}", weights_only=True))',
-    "timm": 'model = timm.create_model("{arch}", num_classes=0, checkpoint_path="{out}")',
-    "detectron2": "MODEL.WEIGHTS {out} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB\n"
+    "model.load_state_dict(torch.load({python}, weights_only=True))",
+    "timm": 'model = timm.create_model("{arch}", num_classes=0, checkpoint_path={python})',
+    "detectron2": "MODEL.WEIGHTS {shell} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB\n"
     "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]",
     "safetensors": "model = torchvision.models.{arch}(); model.fc = torch.nn.Identity()\n"
-    'model.load_state_dict(safetensors.torch.load_file("{out}"))',
+    "model.load_state_dict(safetensors.torch.load_file({python}))",
 }
 
 
@@ -45,8 +44,9 @@ def export(checkpoint, out, to, arch=None, force=False):
     """Write the backbone of `checkpoint` (a path or the name of a released model) to the file `out`.
 
     to: a key of SUFFIXES; arch: torchvision's name, default: the checkpoint's. Returns (arch, number of
-    tensors). Every tensor is written with its dtype, under the names that torchvision and timm share,
-    or under Detectron2's (there bfloat16, which NumPy lacks, as float32). Raises UserError.
+    tensors, in words where in the file they were). Every tensor is written with its dtype, under the names
+    that torchvision and timm share, or under Detectron2's (there bfloat16, which NumPy lacks, as float32).
+    Raises UserError.
     """
     out, path = Path(out), resolve(checkpoint)
     if not out.name.endswith(SUFFIXES[to]):
@@ -60,10 +60,7 @@ def export(checkpoint, out, to, arch=None, force=False):
         raise UserError(f"{path} does not say which network it holds: name it with --arch, such as resnet50")
     if to in ("timm", "detectron2") and not arch.startswith(RESNETS):
         raise UserError(f"{to} has no {arch} of torchvision's structure: export it --to torchvision")
-    state = encoder_state(content, path)
-    advice = f"name the architecture of the checkpoint with --arch, which is not {arch}"
-    model = on_meta_device(partial(backbone, arch)).to("meta")  # a regnet is on the CPU
-    load_strictly(model, {name: tensor.to("meta") for name, tensor in state.items()}, path, advice=advice)
+    state, taken = encoder_state(content, path, on_meta_device(partial(backbone, arch)), arch)
     # Copies, since a tensor may be a view of a larger one or in channels_last order.
     state = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     try:
@@ -77,7 +74,7 @@ def export(checkpoint, out, to, arch=None, force=False):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot write {out} ({reason}); choose another place") from error
-    return arch, len(state)
+    return arch, len(state), taken
 
 
 def detectron2_name(name):
@@ -118,7 +115,7 @@ def _write_safetensors(state, path, arch):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moco.export",
         description="Write the backbone of a checkpoint, its query encoder without the head, "
         "in the form that another library loads, and print how to load it there.",
@@ -126,7 +123,7 @@ def main():
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
-        help="file of this program, of MoCo or of IFM, or a released model's name (python -m moco.zoo list)",
+        help="file of this or another program, or a released model's name (python -m moco.zoo list)",
     )
     parser.add_argument("out", metavar="OUT", help="file to write: .pth, .pkl (detectron2) or .safetensors")
     parser.add_argument("--to", required=True, choices=SUFFIXES, help="the library that is to load it")
@@ -135,9 +132,10 @@ def main():
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args()
-    arch, tensors = export(args.checkpoint, args.out, args.to, args.arch, args.force)
-    print(f"{args.out}: the {tensors} tensors of a {arch} backbone; load it in {args.to} with")
-    print(USAGE[args.to].format(arch=arch, out=args.out))
+    arch, tensors, taken = export(args.checkpoint, args.out, args.to, args.arch, args.force)
+    print(printable(f"{args.checkpoint}: {taken}"))
+    print(f"{printable(args.out)}: the {tensors} tensors of a {arch} backbone; load it in {args.to} with")
+    print(USAGE[args.to].format(arch=arch, python=repr(args.out), shell=shell_word(args.out)))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ PATH/TO/IMAGENET holds train/ and val/ with one folder per class (as for ImageFo
 layout: ILSVRC/Data/CLS-LOC/train and val, with the classes of the images in val/ in LOC_val_solution.csv.
 """
 
-import argparse
 import csv
 import os
 import shutil
+import signal
 from pathlib import Path
 
-from moco.errors import UserError, run_program
+from moco.errors import Parser, UserError, printable, run_program, shell_word
 from moco.files import atomic_folder
 from moco.progress import Progress
 
@@ -119,7 +119,7 @@ def _fill(folder, paths, copy):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moco.imagenet100",
         description="Make ImageNet-100, the 100 classes of the published experiments, from ImageNet: "
         "126,689 training and 5,000 validation images.",
@@ -137,10 +137,13 @@ def main():
         help="copy the images (about 15 GB) instead of linking to them, for a faster disk",
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, too
     make(args.imagenet, args.out, args.copy)
     out = Path(args.out).resolve()
-    print(f"{out}: {IMAGES['train']:,} training and {IMAGES['val']:,} validation images of 100 classes")
-    print(f"train on them with: python main_moco.py --dataset_root {out.parent} --dataset {out.name} ...")
+    counts = f"{IMAGES['train']:,} training and {IMAGES['val']:,} validation images of 100 classes"
+    print(f"{printable(out)}: {counts}")
+    words = f"--dataset_root {shell_word(out.parent)} --dataset {shell_word(out.name)}"
+    print(f"train on them with: python main_moco.py {words} ...")
 
 
 if __name__ == "__main__":

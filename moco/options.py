@@ -211,6 +211,19 @@ def notes(args, images, batchnorm_groups):
     return lines
 
 
+def add_gray_range(add):
+    """Add --gray-range by a parser's `add_argument`: its value is None or [low, high]."""
+    add(
+        "--gray-range",
+        type=_bounded(float, "finite", math.isfinite),
+        nargs=2,
+        action=_Range,
+        metavar=("LOW", "HIGH"),
+        help="values that become black and white, of gray images of more than 8 bits (default: all of the "
+        "file's type, for which 12 bits in 16 are nearly black)",
+    )
+
+
 def _add_data(parser):
     add = parser.add_argument_group("data").add_argument
     add("folder", metavar="DIR", nargs="?", help="has train/ and val/, and in each a folder per class")
@@ -235,6 +248,7 @@ def _add_data(parser):
         metavar="decoded",
         help="keep decoded images in shared memory, once per node",
     )
+    add_gray_range(add)
     add("--on-bad-image", choices=("error", "skip"), default="error", help="skip: name it and take another")
     add("--decoder", action=_Removed, advice="simplejpeg is used when it is installed, Pillow otherwise")
 
@@ -319,6 +333,15 @@ class _Help(argparse.HelpFormatter):
 
     def _get_default_metavar_for_optional(self, action):
         return getattr(action.type, "__name__", action.dest.upper())
+
+
+class _Range(argparse.Action):
+    """Two numbers, the first below the second."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if not values[0] < values[1]:
+            parser.error(f"argument {option_string}: {values[0]:g} must be below {values[1]:g}")
+        setattr(namespace, self.dest, values)
 
 
 class _Removed(argparse.Action):

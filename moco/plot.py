@@ -7,7 +7,6 @@
 It needs matplotlib (`pip install matplotlib`).
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -15,7 +14,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moco.errors import UserError, printable, run_program
+from moco.errors import Parser, UserError, printable, run_program
 from moco.files import atomic_file, check_free
 
 # The style of all pictures of the project.
@@ -180,7 +179,7 @@ def figure_of(runs):
     chance is "chance". A quantity that no log has gets no panel; a value that is null leaves a gap.
     """
     panels = panels_of(runs)
-    legend_columns = max(1, min(COLUMNS, 110 // max(len(run.name) for run in runs)))
+    legend_columns = max(1, min(COLUMNS, 110 // max(len(literal(run.name)) for run in runs)))
     rows, legend_rows = math.ceil(len(panels) / COLUMNS), math.ceil(len(runs) / legend_columns)
     with own_style() as matplotlib:
         size = WIDTH, 0.5 + 2.2 * rows + 0.2 * legend_rows
@@ -264,9 +263,7 @@ def _look(number):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.plot", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m moco.plot", description=__doc__.splitlines()[0], allow_abbrev=False)
     text = f"output folder of a run, or its log: {LOG} of a pre-training, {LINEAR_LOG} of a linear evaluation"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "picture to write; .pdf and .svg work as well"

@@ -3,6 +3,8 @@
 import sys
 import time
 
+from moco.errors import printable
+
 
 def duration(seconds):
     """Seconds in words: '9 s', '4 min 05 s', '2 h 03 min', '3 d 04 h'."""
@@ -30,7 +32,7 @@ class Progress:
     """
 
     def __init__(self, label, total, unit="", stream=None):
-        self.label, self.total, self.unit = label, total, unit
+        self.label, self.total, self.unit = printable(label), total, unit
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self.finished = 0

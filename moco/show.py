@@ -7,7 +7,6 @@
 It needs matplotlib (`pip install matplotlib`).
 """
 
-import argparse
 import contextlib
 import copy
 import math
@@ -24,9 +23,10 @@ from moco.data.folders import data_folder, image_folder, paths_of
 from moco.data.loader import TrainLoader, ValidationLoader
 from moco.data.pil import center_resize
 from moco.encoders import check_image_size
-from moco.errors import UserError, printable, run_program
+from moco.errors import Parser, UserError, printable, run_program
 from moco.evaluate.features import backbone, backbone_of, features_of
 from moco.evaluate.knn import neighbors
+from moco.options import add_gray_range
 from moco.plot import BLACK, BLUE, RED, WIDTH, check_picture, literal, own_style, save_picture
 from moco.progress import Progress
 from moco.run.resources import available_cores
@@ -58,9 +58,7 @@ def main():
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.show", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m moco.show", description=__doc__.splitlines()[0], allow_abbrev=False)
     sheets = parser.add_subparsers(dest="sheet", required=True, metavar="SHEET")
     text = "images and the two views of each that pre-training gets from them, to the pixel"
     pairs = sheets.add_parser("pairs", help=text, description=f"Draws {text}.", allow_abbrev=False)
@@ -80,6 +78,7 @@ def parse_args():
         add("--seed", type=int, default=0, metavar="N", help="chooses the images (default: %(default)s)")
         add("--count", type=int, default=8, metavar="N", help="images (default: %(default)s)")
         add("--resize", choices=("pil", "torch"), default="pil", help="as in training (default: %(default)s)")
+        add_gray_range(add)
     pairs.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation, not v1's")
     pairs.add_argument("--epoch", type=int, default=0, metavar="N", help="from 0 (default: %(default)s)")
     add = near.add_argument
@@ -163,17 +162,20 @@ def draw_pairs(args, folder):
     recipe, name = (moco_v2(), "v2") if args.aug_plus else (moco_v1(), "v1")
     size, images = args.image_size or 224, image_folder(folder, "train")
     _check_count("--count", args.count, images)
-    loader = TrainLoader(images, recipe, size=size, batch_size=args.count, seed=args.seed, resize=args.resize)
+    reading = {"resize": args.resize, "gray_range": args.gray_range}
+    loader = TrainLoader(images, recipe, size=size, batch_size=args.count, seed=args.seed, **reading)
     batch, tiles = next(loader.epoch(args.epoch)), []
     for position, index in enumerate(batch.indices.tolist()):
-        image, records = read_pixels(paths_of(images)[index]), batch.records[:, position]
+        image = read_pixels(paths_of(images)[index], args.gray_range)
+        records = batch.records[:, position]
         boxes = [(*record.item()[:4], look) for record, look in zip(records, LOOKS.values(), strict=True)]
         tiles.append(Tile(image, f"image {index}", [(class_name(images, index), BLACK)], boxes=boxes))
         for (label, look), record, pixels in zip(LOOKS.items(), records, batch.pixels, strict=True):
             lines = [(line, BLACK) for line in what_was_done(record, image.shape)]
             tiles.append(Tile(_channels_last(pixels[position]), label, lines, color=look["edgecolor"]))
     title = (
-        f"{folder}: the first pairs of epoch {args.epoch} with seed {args.seed}, and where they are cut out\n"
+        f"{printable(folder)}: the first pairs of epoch {args.epoch} with seed {args.seed}, and where they "
+        "are cut out\n"
         f"MoCo {name} augmentation, views of {size} x {size} pixels, resize {args.resize}; "
         "crop: of the image's area; blur: sigma in pixels"
     )
@@ -202,18 +204,21 @@ def draw_neighbors(args, folder):
     else:
         network, checkpoint = backbone_of(args.checkpoint, args.arch)
         arch = checkpoint["arch"]
+        print(printable(f"{args.checkpoint}: {checkpoint['taken']}"))
     epochs = f" after {checkpoint['epoch']} epochs" if checkpoint.get("epoch") else ""
-    size = args.image_size or checkpoint.get("settings", {}).get("image_size") or 224
+    trained = own if isinstance(own := checkpoint.get("settings"), dict) else {}  # others may have any
+    size = args.image_size or trained.get("image_size") or 224
+    gray_range = args.gray_range or trained.get("gray_range")
     check_image_size(arch, size)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"size": size, "resize": args.resize, "batch_size": 256}
+    settings = {"size": size, "resize": args.resize, "batch_size": 256, "gray_range": gray_range}
     settings["workers"] = available_cores() if args.workers is None else args.workers
     queries, nearest, cosines = neighbors_of(
         network, train, val, args.seed, args.count, args.neighbors, **settings
     )
 
     def view(images, index):
-        pixels = read_pixels(paths_of(images)[index])
+        pixels = read_pixels(paths_of(images)[index], gray_range)
         return _channels_last(center_resize(pixels, size, args.resize))
 
     tiles, pairs = [], []
@@ -226,8 +231,8 @@ def draw_neighbors(args, folder):
             tiles.append(Tile(view(train, other), f"cosine {cosine:.3f}", marks(*pairs[-1])))
     title = (
         f"Nearest of {len(train)} training images by the cosine of the features of\n"
-        f"{args.checkpoint} ({arch}{epochs}), seed {args.seed}\n"
-        f"{folder}, {size} x {size} pixels; {agreement(pairs)}"
+        f"{printable(args.checkpoint)} ({arch}{epochs}), seed {args.seed}\n"
+        f"{printable(folder)}, {size} x {size} pixels; {agreement(pairs)}"
     )
     print(agreement(pairs))
     return sheet(title, tiles, columns=1 + args.neighbors)

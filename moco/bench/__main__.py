@@ -1,12 +1,11 @@
 """Measurements on this machine: `python -m moco.bench data` of loading data, `step` of the training step."""
 
-import argparse
 import json
 import os
 import signal
 import sys
 
-from moco.errors import UserError, run_program
+from moco.errors import Parser, UserError, run_program
 from moco.files import atomic_file, check_free
 
 
@@ -52,9 +51,7 @@ def main():
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.bench", description="Measure loading and training on this machine."
-    )
+    parser = Parser(prog="python -m moco.bench", description="Measure loading and training on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = (
         "Time the published pipeline of views, each improvement in turn, transport from workers, and both "

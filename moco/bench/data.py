@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco.bench.photographs import make_photographs
 from moco.bench.report import about, in_turns, spread
@@ -25,10 +24,11 @@ from moco.data import decode
 from moco.data.augment import draw, moco_v2
 from moco.data.cache import decoded_cache
 from moco.data.device import DeviceAugment
+from moco.data.folders import images_below
 from moco.data.loader import TrainLoader
 from moco.data.pil import crop_resize
 from moco.data.ring import RingLoader
-from moco.errors import UserError
+from moco.errors import UserError, printable
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD, GaussianBlur, TwoCropsTransform
 
 PUBLISHED, LIMIT = "published: PIL, float32, default collate", "limit: decoding and two resizes alone"
@@ -101,7 +101,7 @@ def photographs(folder, count):
         return
     if not Path(folder).is_dir():
         raise UserError(f"there is no folder {folder}; leave it out to measure with images made for it")
-    found = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    found = images_below(folder, collections.Counter())
     if not found:
         raise UserError(f"{folder} holds no image; name a folder of photographs, or leave it out")
     count = min(count, len(found))
@@ -112,7 +112,7 @@ def described(paths, folder):
     """Number, size and source of the images in words. Raises UserError that names a bad one."""
     height, width, _ = np.mean([decode.read_pixels(path).shape for path in paths], axis=0)
     kilobytes = np.mean([os.path.getsize(path) for path in paths]) / 1000
-    source = f"of {folder}" if folder else "made to be like photographs"
+    source = f"of {printable(folder)}" if folder else "made to be like photographs"
     return f"{len(paths)} {source} ({width:.0f} x {height:.0f} and {kilobytes:.0f} KB on average)"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from moco.data.decode import image_size, read_pixels
 from moco.data.ring import Workers
-from moco.errors import UserError, printable
+from moco.errors import UserError
 from moco.progress import Progress, in_words
 
 PART = 64  # images that a worker decodes at a time
@@ -54,13 +54,14 @@ def decoded_cache(
     all_gather=lambda value: [value],
     workers=0,
     show_progress=True,
+    gray_range=None,
 ):
     """The Cache of the image files `paths`. All processes of a run call it together, with the same paths.
 
     rank: of this process in the run; local_rank: among the local_world_size processes of its node, whose
     ranks follow each other. all_gather(value): the values of all processes of the run, by rank. workers:
-    processes that decode for this one, 0 for none. Raises UserError, in all processes, when one cannot read
-    an image or too little memory is free.
+    processes that decode for this one, 0 for none. gray_range: moco.data.decode. Raises UserError, in all
+    processes, when one cannot read an image or too little memory is free.
     """
 
     def of_node(value):
@@ -99,7 +100,7 @@ def decoded_cache(
             raise UserError(
                 f"the processes of this node cannot share a cache ({error}); leave out --cache"
             ) from error
-        share(functools.partial(_fill, paths, cache), f"cache of {in_words(size)}")
+        share(functools.partial(_fill, paths, cache, gray_range), f"cache of {in_words(size)}")
     os.close(file)  # the memory stays as long as a process has it mapped
     return cache
 
@@ -127,12 +128,12 @@ def _shapes(paths, part):
     return np.array([(height, width, 3) for width, height in sizes], np.int64)
 
 
-def _fill(paths, cache, part):
+def _fill(paths, cache, gray_range, part):
     for index in part:
-        memory, pixels = cache.writable(index), read_pixels(paths[index])
+        memory, pixels = cache.writable(index), read_pixels(paths[index], gray_range)
         if pixels.shape != memory.shape:
             raise UserError(
-                f"{printable(paths[index])} has another size than its header said, or has just changed; "
+                f"{paths[index]} has another size than its header said, or has just changed; "
                 "repair or remove it"
             )
         memory[...] = pixels

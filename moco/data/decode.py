@@ -6,6 +6,7 @@ libjpeg-turbo with its accurate transform and smooth chroma. Other JPEG files (f
 go to Pillow, so that pixels and errors are Pillow's.
 
 The pixels are those of torchvision's ImageFolder, except for 16 and more bits: README.md, "Odd images".
+gray_range is --gray-range: (low, high), or None for the full range of the type (moco.data.gray).
 """
 
 import io
@@ -13,7 +14,10 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moco.errors import UserError, printable
+from moco.data.gray import RangeError, gray_of
+from moco.errors import UserError
+
+TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # how such files begin
 
 try:
     import simplejpeg
@@ -26,11 +30,11 @@ def decoder_name():
     return "simplejpeg" if simplejpeg else "pillow"
 
 
-def read_pixels(path):
+def read_pixels(path, gray_range=None):
     """An image file to its pixels: uint8 (H, W, 3), maybe read-only. Raises UserError that names the file."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return decode(file.readall())
+            return decode(file.readall(), gray_range)
     except Exception as error:  # damaged files make Pillow raise nearly everything
         raise _unreadable(path, error) from error
 
@@ -44,7 +48,7 @@ def image_size(path):
         raise _unreadable(path, error) from error
 
 
-def decode(data):
+def decode(data, gray_range=None):
     """The bytes of an image file to uint8 (H, W, 3). Raises many kinds of exceptions."""
     if simplejpeg and data[:2] == b"\xff\xd8":
         try:
@@ -55,17 +59,23 @@ def decode(data):
                 return simplejpeg.decode_jpeg(data)  # strict: it raises where libjpeg only warns
         except ValueError:
             pass  # Pillow knows whether the file can be decoded nevertheless
-    return decode_by_pillow(data)
+    return decode_by_pillow(data, gray_range)
 
 
-def decode_by_pillow(data):
+def decode_by_pillow(data, gray_range=None):
     """As `decode`, without simplejpeg."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            gray = (np.asarray(image) >> 8).astype(np.uint8)  # convert("RGB") clips it to white
-            return np.repeat(gray[:, :, None], 3, axis=2)
-        if image.mode in ("I", "F"):
-            raise ValueError("it has 32 bits a pixel and does not say what is black and white: use 8 or 16")
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        if data[:4] in TIFF:
+            raise ValueError("a TIFF whose channels, bits or kind of numbers Pillow does not know") from error
+        raise
+    with opened as image:
+        gray = gray_of(image)  # convert("RGB") would clip it to white
+        if gray:
+            return np.repeat(gray.pixels(gray_range)[:, :, None], 3, axis=2)
+        if gray_range and image.tile and image.tile[0][-1] == "LA;16B":  # Pillow drops the low byte
+            raise ValueError("--gray-range needs 16-bit gray images without alpha: save it without")
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -78,4 +88,7 @@ def reason(error):
 
 
 def _unreadable(path, error):
-    return UserError(f"{printable(path)} cannot be read as an image ({reason(error)}); repair or remove it")
+    advice = "repair or remove it"
+    if isinstance(error, RangeError):
+        advice = "say it with --gray-range LOW HIGH (python -m moco.check names the range that is used)"
+    return UserError(f"{path} cannot be read as an image ({reason(error)}); {advice}")

@@ -12,7 +12,7 @@ from moco.data.decode import read_pixels
 from moco.data.folders import EpochBatches, paths_of, targets_of
 from moco.data.pil import center_resize, crop_resize, photometric
 from moco.data.ring import RingLoader
-from moco.errors import UserError, printable
+from moco.errors import UserError, say
 from moco.seeds import REPLACE, fold
 
 TRIES = 100  # replacements of a bad image: enough when half of all are bad; soon over without the disk
@@ -39,19 +39,22 @@ class TrainLoader:
     """Batches of augmented views of shuffled images; each is a function of (seed, epoch, step) and its rank.
 
     images: an ImageFolder; recipe: a moco.data.augment.Recipe; size: pixels of a view's side
-    batch_size: of this process, which is one of world_size; a step takes global_batch images in all of them,
-        and images that do not fill a step are left out of the epoch
+    batch_size: of this process, which is one of world_size; a step takes global_batch images in all of them
+    drop_last: whether images that do not fill a step are left out of the epoch; if not, the last step has
+        fewer, which the processes share: one may have none. On CUDA pixels and records of its batch have
+        batch_size samples nevertheless, the batch's own being the first
     views: of an image
     resize: "pil" or "torch" (moco.data.pil)
     photometric: whether workers also apply the recipe's jitter, grayscale, blur and flip; without it a
         moco.data.device.DeviceAugment applies them later, by the batch's records
     workers: processes, 0 for none
     cache: a moco.data.cache.Cache of the images, or None
+    gray_range: of gray images of more than 8 bits, (low, high) become black and white; None: moco.data.gray
     on_bad_image: "error", or "skip" to take another image in the place of one that cannot be read
     device: where pixels and targets of batches are wanted
 
     len(): steps of an epoch. transport: a clause for the start of a run. How long a batch is valid:
-    moco.data.ring.RingLoader. Raises UserError when there are fewer images than a step takes.
+    moco.data.ring.RingLoader. Raises UserError when images are left out and too few are there for a step.
     """
 
     def __init__(
@@ -64,27 +67,33 @@ class TrainLoader:
         seed,
         rank=0,
         world_size=1,
+        drop_last=True,
         views=2,
         resize="pil",
         photometric=True,
         workers=0,
         cache=None,
+        gray_range=None,
         on_bad_image="error",
         device="cpu",
     ):
         self.global_batch = batch_size * world_size
-        if len(images) < self.global_batch:
+        if drop_last and len(images) < self.global_batch:
             raise UserError(
                 f"{images.root} has {len(images)} images, fewer than a step's {self.global_batch}; lower -b"
             )
-        self._batches = EpochBatches(len(images), self.global_batch, seed, rank, world_size)
-        source = _Images(paths_of(images), targets_of(images), cache)
+        self._batches = EpochBatches(len(images), self.global_batch, seed, rank, world_size, drop_last)
+        source = _Images(paths_of(images), targets_of(images), cache, gray_range)
         fill = _TrainingSample(source, recipe, size, resize, seed, photometric, on_bad_image == "skip")
-        self._ring = RingLoader(fill, views, batch_size, size, workers, device)
+        self._ring = RingLoader(fill, views, batch_size, size, workers, device, pad=not drop_last)
         self.transport = self._ring.transport
 
     def __len__(self):
         return len(self._batches)
+
+    def images_in(self, step):
+        """The number of images in a step in all processes."""
+        return self._batches.size(step)
 
     def epoch(self, epoch, first_step=0):
         """An iterator over this process's Batches (moco.data.ring) of an epoch from `first_step` on.
@@ -119,12 +128,13 @@ class ValidationLoader:
         resize="pil",
         workers=0,
         cache=None,
+        gray_range=None,
         skip_bad=False,
         device="cpu",
     ):
         share = range(rank, len(images.samples), world_size)
         self._batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
-        source = _Images(paths_of(images), targets_of(images), cache)
+        source = _Images(paths_of(images), targets_of(images), cache, gray_range)
         fill = _ValidationSample(source, size, resize, skip_bad)
         self._ring = RingLoader(fill, 1, batch_size, size, workers, device)
         self.transport = self._ring.transport
@@ -150,15 +160,18 @@ class _Images:
     paths: list
     targets: np.ndarray  # int64 (N,)
     cache: Cache | None
+    gray_range: tuple | None
     named: set = field(default_factory=set)  # bad ones that this worker has named
 
     def pixels(self, index):
-        return read_pixels(self.paths[index]) if self.cache is None else self.cache.read(index)
+        if self.cache is not None:
+            return self.cache.read(index)
+        return read_pixels(self.paths[index], self.gray_range)
 
     def name_once(self, index, error, consequence):
         if index not in self.named:
             self.named.add(index)
-            print(f"bad image: {error}; {consequence}", file=sys.stderr, flush=True)
+            say(f"bad image: {error}; {consequence}", sys.stderr)
 
 
 @dataclass
@@ -197,7 +210,7 @@ class _TrainingSample:
                 self.images.name_once(used, error, "another is taken in its place")
             used = fold(self.seed, REPLACE, epoch, index, attempt) % len(self.images.paths)
         raise UserError(
-            f"{printable(self.images.paths[index])} cannot be read, nor can {TRIES} images drawn in its "
+            f"{self.images.paths[index]} cannot be read, nor can {TRIES} images drawn in its "
             f"place, the last because {last} (python -m moco.check names all)"
         )
 

@@ -2,7 +2,8 @@
 
 torch's DataLoader would make a new shared file for each batch and copy the batch once more. Here the pixels
 stay in a ring of slots in anonymous shared memory, which forked workers inherit: no file in /dev/shm, no copy
-and no page fault per batch. Only the samples' keys and the numbers of slots go through pipes.
+and no page fault per batch. Only the samples' keys and the numbers of slots go through pipes. Where there is
+no fork, or it is not safe, workers are spawned, and the memory has a name, by which they open it.
 """
 
 import collections
@@ -18,25 +19,28 @@ import os
 import signal
 import sys
 import traceback
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from moco.data.augment import VIEW
-from moco.errors import UserError
+from moco.errors import UserError, say
 from moco.progress import in_words
 
 PREFETCH = 2  # tasks that a worker has at a time
 SMALLEST_TASK = 8  # samples: about 15 ms of work, against a message that costs 0.1 ms
-WITHHELD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # from workers: the training process decides
+WITHHELD = [  # from workers: the training process decides. Not every system has all of them
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+]
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 class Batch(NamedTuple):
     """N samples. pixels: uint8 (views, N, 3, S, S) and targets: int64 (N,), tensors on the loader's device;
     records: array (views, N) of moco.data.augment.VIEW, what was drawn for each view; indices: int64 array
-    (N,), the numbers of the images.
+    (N,), the numbers of the images. Pixels and records of a RingLoader that pads may have more than N.
     """
 
     pixels: Any
@@ -46,12 +50,15 @@ class Batch(NamedTuple):
 
 
 class RingLoader:
-    """Makes Batches whose samples `fill` writes, in `workers` forked processes (0: in this one).
+    """Makes Batches whose samples `fill` writes, in `workers` other processes (0: in this one).
 
     fill(slot, position, key): writes the sample `key` to slot.pixels[:, position], slot.targets[position],
-        slot.records[:, position] and slot.indices[position]; slot is a Batch of numpy arrays.
+        slot.records[:, position] and slot.indices[position]; slot is a Batch of numpy arrays. Spawned workers
+        get it pickled.
     views, batch_size, size: a batch has at most batch_size samples of `views` views of size x size pixels.
     device: where pixels and targets of a batch are wanted.
+    pad: on CUDA pixels and records of every batch have batch_size samples, the batch's own being the first.
+        What is compiled for this shape is then not compiled again for a smaller batch.
 
     All workers make a batch together, in parts, so that the first batch of an epoch takes the time of a batch
     divided by the workers, and few slots are enough. On the CPU a batch's pixels are a view of the ring: they
@@ -62,7 +69,7 @@ class RingLoader:
     is a clause about it for the start of a run.
     """
 
-    def __init__(self, fill, views, batch_size, size, workers=0, device="cpu"):
+    def __init__(self, fill, views, batch_size, size, workers=0, device="cpu", pad=False):
         self._task = math.ceil(batch_size / max(1, min(workers, batch_size // SMALLEST_TASK)))  # samples
         ahead = math.ceil(workers * PREFETCH / math.ceil(batch_size / self._task))
         self.slots = ahead + 3  # those being made, the one that the caller has, and the two before it
@@ -76,19 +83,17 @@ class RingLoader:
                 ],
                 align=True,
             )
-            self._memory = np.frombuffer(mmap.mmap(-1, self.slots * layout.itemsize), layout)
+            slots = _Slots(layout, self.slots, named=workers and start_method() == "spawn")
         except (OSError, OverflowError, ValueError) as error:  # ValueError: a batch above 2 GB
             raise UserError(
                 f"the loader's batches need {in_words(self.slots * views * batch_size * size**2 * 3)} of "
                 f"memory ({error}); lower --batch-size, --image-size or -j"
             ) from error
+        self._memory, self._arrays = slots.memory, slots.batches
         self.device = torch.device(device)
+        self._pad = pad and self.device.type == "cuda"
         self.transport = f"{workers} data worker(s), {in_words(self._memory.nbytes)} of shared memory"
-        self._arrays = [
-            Batch(np.moveaxis(slot["pixels"], -1, 2), slot["targets"], slot["records"], slot["indices"])
-            for slot in self._memory
-        ]
-        self._workers = Workers(functools.partial(_write, fill, self._arrays), workers)
+        self._workers = Workers(functools.partial(_write, fill, slots), workers)
         self._epoch = self._taken = 0  # which epoch is the current one; batches given to the caller in all
         self._stream, self._copied = None, [None] * self.slots  # of copies to CUDA; an event per slot
         self._unpin = lambda: None
@@ -96,7 +101,8 @@ class RingLoader:
     def epoch(self, batches):
         """An iterator over the Batches of an epoch, whose first parts are handed out at once.
 
-        batches: an iterable of lists of keys, batch_size in all but the last. It ends an epoch under way.
+        batches: an iterable of lists of keys, batch_size in all but the last, which may be empty. It ends an
+        epoch under way.
         """
         self._epoch += 1
         answers = self._workers.map(self._tasks(batches))
@@ -116,7 +122,7 @@ class RingLoader:
             slot = number % self.slots
             if self._copied[slot] is not None:
                 self._copied[slot].synchronize()
-            for first in range(0, len(keys), self._task):
+            for first in range(0, max(len(keys), 1), self._task):  # an empty batch is handed out too
                 part = keys[first : first + self._task]
                 yield slot, first, part, first + len(part) == len(keys)
 
@@ -132,13 +138,14 @@ class RingLoader:
 
     def _batch(self, slot, count):
         arrays = self._arrays[slot]
-        pixels = torch.from_numpy(self._memory[slot]["pixels"])[:, :count]
+        samples = len(arrays.targets) if self._pad else count
+        pixels = torch.from_numpy(self._memory[slot]["pixels"])[:, :samples]
         targets = torch.from_numpy(arrays.targets[:count])
         if self.device.type == "cuda":
             (pixels, targets), self._copied[slot] = _copies((pixels, targets), self._stream)
         else:
             targets = targets.clone()
-        records, indices = arrays.records[:, :count].copy(), arrays.indices[:count].copy()
+        records, indices = arrays.records[:, :samples].copy(), arrays.indices[:count].copy()
         return Batch(pixels.permute(0, 1, 4, 2, 3), targets, records, indices)
 
     def _pin(self):
@@ -148,16 +155,53 @@ class RingLoader:
         if code == 0:
             self._unpin = multiprocessing.util.Finalize(self, _unpin, (cuda, memory, self._copied))
         else:
-            print(
+            say(
                 f"note: CUDA cannot pin the loader's {in_words(memory.nbytes)} (error {code}); copies to the "
                 "device take longer",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
 
+class _Named(SharedMemory):
+    """Shared memory with a name, which is mapped as long as an array on it lives."""
+
+    def __del__(self):
+        pass  # SharedMemory's unmaps it, which fails while there are arrays
+
+
+class _Slots:
+    """The ring's slots. memory: array (slots,) of the type `layout`; batches: for each slot the Batch of
+    views of its arrays, pixels as (views, N, 3, S, S).
+
+    named: the memory gets a name, or has this one. Only then the object can be pickled: the copy has the
+    same memory.
+    """
+
+    def __init__(self, layout, count, named=False):
+        if named:
+            existing = named if isinstance(named, str) else None
+            shared = _Named(existing, create=existing is None, size=count * layout.itemsize)
+            self.memory, self._name = np.frombuffer(shared.buf, layout, count), shared.name
+            if existing is None:
+                multiprocessing.util.Finalize(self, shared.unlink, exitpriority=0)
+        else:
+            self.memory = np.frombuffer(mmap.mmap(-1, count * layout.itemsize), layout)
+        self.batches = [
+            Batch(np.moveaxis(slot["pixels"], -1, 2), slot["targets"], slot["records"], slot["indices"])
+            for slot in self.memory
+        ]
+
+    def __reduce__(self):
+        return _Slots, (self.memory.dtype, len(self.memory), self._name)
+
+
+def start_method():
+    """How data workers start: by "fork", or "spawn" where there is no fork or, on macOS, it is not safe."""
+    return "fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn"
+
+
 class Workers:
-    """`count` forked processes that compute `function` (0: this process does).
+    """`count` processes that compute `function` (0: this process does), which spawned ones get pickled.
 
     They live until close(), or until this object or this process ends, however that ends. Signals they leave
     to this process.
@@ -214,7 +258,7 @@ class Workers:
             raise _death(process) from None
 
     def _start(self):
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context(start_method())
         try:
             with _signals_withheld():
                 for _ in range(self.count):
@@ -234,18 +278,24 @@ def _write(fill, slots, task):
     """Write a part of a batch. Returns (slot, samples of the batch) for its last part, else None."""
     slot, first, keys, last = task
     for position, key in enumerate(keys, first):
-        fill(slots[slot], position, key)
+        fill(slots.batches[slot], position, key)
     return (slot, first + len(keys)) if last else None
 
 
 def _work(function, pipe):
     """What a worker runs: it answers each task by (function(task), None) or (None, an exception)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the training process
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the training process
     if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
         os._exit(0)
+    if not hasattr(signal, "pthread_sigmask"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     while True:
-        task = pipe.recv()
+        try:
+            task = pipe.recv()
+        except EOFError:  # the training process has ended
+            os._exit(0)
         try:
             answer = function(task), None
         except UserError as error:
@@ -279,6 +329,9 @@ def _signals_withheld():
 
     So Ctrl-C finds either no worker or one that can be ended, and ends none with a traceback.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # not a Unix
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WITHHELD)
     try:
         yield

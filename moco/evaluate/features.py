@@ -16,15 +16,17 @@ def backbone_of(path_or_name, arch=None):
 
     The network is a torchvision model in eval mode on the CPU whose `fc` is nn.Identity, so that it gives the
     pooled features N x d. arch: its torchvision name (default: the checkpoint's entry `arch`, else resnet50).
-    checkpoint: the dict that moco.run.checkpoint.read gives; "arch" is always in it. Raises UserError.
+    checkpoint: the dict that moco.run.checkpoint.read gives, with "arch", and "taken": where in the file the
+    backbone was, in words. Raises UserError.
     """
     path = zoo.resolve(path_or_name)
     checkpoint = checkpoints.read(path)
-    arch = arch or checkpoint.get("arch", "resnet50")
+    named = checkpoint.get("arch")
+    arch = arch or (named if isinstance(named, str) else "resnet50")
     checkpoints.check_arch(checkpoint, arch, path)
     network = backbone(arch)
-    checkpoints.load_strictly(network, checkpoints.encoder_state(checkpoint, path), path)
-    return network.eval(), checkpoint | {"arch": arch}
+    taken = checkpoints.load_encoder(network, checkpoint, path, arch)
+    return network.eval(), checkpoint | {"arch": arch, "taken": taken}
 
 
 def backbone(arch):

@@ -7,11 +7,16 @@ gets the gradient of its own loss, and each is a parameter group of its own in o
 import copy
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from moco.errors import DivergedError, UserError, first_line
+from moco import trifeature
+from moco.data.folders import image_folder, labeled_folders, use_numbers_of_train
+from moco.errors import DivergedError, UserError, first_line, printable
 from moco.files import atomic_file
 from moco.losses import accuracy
 from moco.run.checkpoint import load_strictly, published_names
@@ -43,16 +48,23 @@ def check_frozen(network, before):
         raise RuntimeError(f"training the classifier changed frozen tensors: {', '.join(moved[:3])}")
 
 
+def mean_loss(output, targets):
+    """The cross-entropy of a probe's logits, N x classes: a scalar, 0 of no images."""
+    return F.cross_entropy(output, targets, reduction="mean" if len(targets) else "sum")
+
+
 def accuracies(outputs, targets):
-    """[top-1, top-5] of P probes' logits, a list of N x classes, in percent: (P,) each."""
+    """[top-1, top-5] of P probes' logits, a list of N x classes, in percent: (P,) each, 0 of no images."""
+    if not len(targets):
+        return [torch.zeros(len(outputs), device=targets.device)] * 2
     each = [accuracy(output, targets) for output in outputs]
     return [torch.stack(of_k) for of_k in zip(*each, strict=True)]
 
 
-def mean_losses(meters, rank):
-    """The mean loss of each probe over the steps of all ranks, which have as many images each: floats."""
-    total, count = meters.sums["Loss"]
-    return (rank.all_reduce(total.double()) / (count * rank.world_size)).tolist()
+def mean_losses(meters, rank, images):
+    """The mean loss of each probe over an epoch's `images` of all ranks together: floats."""
+    total, _ = meters.sums["Loss"]
+    return (rank.all_reduce(total.double()) / images).tolist()
 
 
 def score(targets, top, classes, rank):
@@ -180,8 +192,8 @@ class Results:
             {"lr": lr, "diverged": diverged, "epochs": history}
             for lr, diverged, history in zip(self.lrs, self.diverged, self.history, strict=True)
         ]
-        report = {"best": {"lr": self.lrs[i], **best}, "heads": heads, "classes": self.classes}
-        report |= {"confusion": self.confusion, "seed": seed}
+        report = {"best": {"lr": self.lrs[i], **best}, "heads": heads, "confusion": self.confusion}
+        report |= {"classes": list(map(printable, self.classes)), "seed": seed}
         try:
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(report, sort_keys=True, allow_nan=False) + "\n")
@@ -267,14 +279,57 @@ def check_classes(checkpoint, path, classes):
 
     A checkpoint that does not name its classes, as of upstream, passes.
     """
-    before = checkpoint.get("classes", classes)
-    if before != classes:
+    before = _class_names(checkpoint, path)
+    if before not in (None, classes):
         differ = [pair for pair in zip(before, classes, strict=False) if pair[0] != pair[1]]
         first = f" (first difference: {differ[0][0]} there, {differ[0][1]} here)" if differ else ""
         raise UserError(
             f"{path} has {len(before)} classes, the data set has {len(classes)} others{first}; give the "
             "folder and --target of that run, or start a new run without --resume"
         )
+
+
+def labeled_validation(folder, factor, checkpoint, path):
+    """(val, class names): the ImageFolder val/ of `folder` with the numbers of a checkpoint's classes.
+
+    val/ may lack classes, and train/ is not needed. factor: as in moco.data.folders.labeled_folders;
+    checkpoint: what moco.run.checkpoint.read gives for `path`. If it does not name its classes, as of
+    upstream, they are the sub-folders of train/ or, without it, of val/ if these are as many. Raises
+    UserError.
+    """
+    val, advice = image_folder(folder, "val"), "give the folder and --target of that run"
+    names, bias = _class_names(checkpoint, path), checkpoint["state_dict"].get("fc.bias")
+    outputs = 0 if bias is None else bias.numel()
+    if factor is not None:
+        val.target_transform = [trifeature.factor_of(name, factor) for name in val.classes].__getitem__
+        names = list(trifeature.FACTORS[factor])
+    elif names is not None:
+        if unknown := sorted(set(val.classes) - set(names)):
+            raise UserError(
+                f"class {unknown[0]} is in {val.root} but not one of the {len(names)} "
+                f"of {path} ({len(unknown)} such); remove it from val/, or {advice}"
+            )
+        numbers = {name: number for number, name in enumerate(names)}
+        use_numbers_of_train(SimpleNamespace(classes=names, class_to_idx=numbers), val, advice)
+    elif (Path(folder) / "train").is_dir():
+        _, val, names = labeled_folders(folder)
+    elif outputs in (0, len(val.classes)):  # 0: no classifier, which is said when it is loaded
+        names = val.classes
+    else:
+        raise UserError(
+            f"{path} does not name its {outputs} classes, and {val.root} has "
+            f"{len(val.classes)}: add train/, whose folders say which they are, or the other classes to val/"
+        )
+    if outputs not in (0, len(names)):
+        raise UserError(f"{path} has {outputs} classes, the data set has {len(names)} others; {advice}")
+    return val, names
+
+
+def _class_names(checkpoint, path):
+    names = checkpoint.get("classes")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path} is not a checkpoint of this program: its entry classes is no list of names")
+    return names
 
 
 def _optimizer_of(optimizer, i):

@@ -1,20 +1,39 @@
-"""Checkpoints of both programs: complete or absent, found again, and read without running code."""
+"""Checkpoints of both programs: complete or absent, found again, and read without running code. Of other
+programs' files the backbone is taken.
+"""
 
+import argparse
 import contextlib
 import os
+import pickle
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from moco.errors import UserError, first_line
-from moco.files import atomic_file, locked
+from moco.errors import UserError, first_line, printable, shell_word
+from moco.files import LOCK, Lock, atomic_file
 
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 WRAPPER_PREFIX = "module."  # of DistributedDataParallel, in front of the names in published files
 COMPILE_MARK = "_orig_mod."  # of torch.compile, in files of other programs
+COUNTER = "num_batches_tracked"  # of BatchNorm; files from before torch 0.4.1 and converted ones lack it
+ENTRIES = (  # of a file that hold a state_dict; of several whole backbones that of the first is taken
+    "state_dict",  # MoCo, IFM, MoCo v3, mmselfsup, timm, Lightning (solo-learn, lightly)
+    "model_state_dict",
+    "model",  # torchvision's references, Barlow Twins
+    "net",
+    "teacher",  # DINO: its eval_linear.py takes it and not the student
+    "classy_state_dict.base_model.model.trunk",  # VISSL: extra_scripts/convert_vissl_to_torchvision.py
+)
+# Words in the names of encoders that follow another one, which is taken instead where the file has it:
+# encoder_k (MoCo), momentum_encoder (MoCo v3), momentum_backbone (solo-learn), backbone_momentum (lightly),
+# target_net (mmselfsup's BYOL), state_dict_ema (timm); of DINO's two the student is the one that is left.
+FOLLOWERS = {"k", "key", "momentum", "ema", "target", "student"}
 
 
 def save(checkpoint, path, before=None):
@@ -38,40 +57,93 @@ def save(checkpoint, path, before=None):
 
 
 def read(path):
-    """A checkpoint of this program, of MoCo or of IFM: a dict with at least `state_dict`, tensors on the CPU.
+    """A checkpoint, of this or another program: a dict with at least `state_dict`, tensors on the CPU.
 
-    Names are without DistributedDataParallel's `module.`. A bare state_dict is accepted too. Only tensors and
-    plain values are read (`weights_only=True`); damage is found by the CRC-32 that torch writes beside every
-    tensor and does not look at. Raises UserError.
+    `state_dict` is what the file has under this name, or the file itself where it is a bare state_dict, with
+    names without DistributedDataParallel's `module.`; it is empty where a file has its tensors under other
+    names, from which `encoder_state` takes the backbone. Only tensors, plain values, argparse.Namespace and
+    NumPy's numbers are read (`weights_only=True`); damage is found by the CRC-32 that torch writes beside
+    every tensor and does not look at. Raises UserError.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any("/code/" in name for name in archive.namelist()):
-                    raise UserError(f"{path} is a TorchScript program, not a checkpoint; refused: it is code")
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise UserError(
-                        f"{path} is a compressed archive, which torch never writes; refused: it could be a "
-                        "zip bomb"
-                    )
-                if damaged := archive.testzip():
-                    raise UserError(f"{path} is damaged (checksum of {damaged}); copy or download it again")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            _check_archive(path)
+        with torch.serialization.safe_globals(_harmless()):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # zipfile and torch have an exception of their own for each kind of damage
         raise UserError(_unreadable(path, error)) from error
-    checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
-    state = checkpoint["state_dict"]
-    named_tensors = isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    )
-    if not (named_tensors and state):
+    content = loaded if isinstance(loaded, dict) else {}
+    found = _state_dicts(content)
+    if not found:
         raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
-    return {**checkpoint, "state_dict": plain_names(state)}
+    if "state_dict" not in found:  # the file's own tensors, where it is a bare state_dict
+        content = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
+    return {**content, "state_dict": plain_names(found.get("state_dict") or found.get("") or {})}
+
+
+def _check_archive(path):
+    """Raise UserError unless a zip archive is whole and such as torch.save writes."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+            raise UserError(
+                f"{path} is a TorchScript program, not a checkpoint; refused: it is code. Where you trust "
+                f"it, {_written_alone(path, OF_TORCHSCRIPT)}"
+            )
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise UserError(
+                f"{path} is a compressed archive, which torch.save never writes; refused: it could be a zip "
+                "bomb. If a checkpoint is packed in it, unpack that"
+            )
+        if damaged := archive.testzip():
+            raise UserError(f"{path} is damaged (checksum of {damaged}); copy or download it again")
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise UserError(
+                f"{path} is an archive of another kind than torch.save writes, with {_some(names)}"
+            )
+
+
+class _Dtype:
+    """What a file says of a NumPy dtype. NumPy's own would be set to whatever state a file names."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+def _scalar(dtype, data):
+    """A pickled NumPy scalar, a number or text, as Python's."""
+    dtype = np.dtype(dtype.code).newbyteorder(dtype.order.replace("|", "="))
+    if dtype.kind not in "biufcUS":
+        raise pickle.UnpicklingError(f"GLOBAL numpy.{dtype.name} is not plain")
+    return np.frombuffer(data, dtype)[0].item()
+
+
+def _harmless():
+    """What torch.load may construct besides tensors and plain values. NumPy 2 writes `_core`."""
+    scalars = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [argparse.Namespace, (_Dtype, "numpy.dtype"), *scalars]
+
+
+def _state_dicts(content):
+    """{entry: {name: tensor}} of a file's dicts that hold tensors by name, "a.b" for content["a"]["b"]."""
+    found, waiting, seen = {}, [("", content)], set()
+    for entry, values in waiting:
+        named = {name: value for name, value in values.items() if isinstance(name, str)}
+        if tensors := {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}:
+            found[entry] = tensors
+        if id(values) not in seen:  # a pickle may hold itself
+            seen.add(id(values))
+            dicts = ((name, value) for name, value in named.items() if isinstance(value, dict))
+            waiting += [(f"{entry}.{name}" if entry else name, value) for name, value in dicts]
+    return found
 
 
 def plain_names(state_dict):
@@ -87,29 +159,178 @@ def published_names(model):
     return {WRAPPER_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def encoder_state(checkpoint, path):
-    """The backbone's tensors by the names of the plain torchvision model, without its last layer `fc`.
+def load_encoder(network, checkpoint, path, arch, advice=None):
+    """Load all of `network` but its last layer `fc` from a checkpoint. Returns what was taken, in words.
 
-    `checkpoint`: what `read` returned for `path` (named in messages), of pre-training (the query encoder is
-    taken) or of linear evaluation. Raises UserError when it holds neither.
+    Arguments and errors are those of `encoder_state`.
     """
-    state, settings = checkpoint["state_dict"], checkpoint.get("settings")
+    state, taken = encoder_state(checkpoint, path, network, arch, advice)
+    last_layer = [name for name in network.state_dict() if name.startswith("fc.")]
+    load_strictly(network, state, path, last_layer)
+    return taken
+
+
+def encoder_state(checkpoint, path, network, arch, advice=None):
+    """({name: tensor} of a backbone, where in the file they were in words).
+
+    The names are those of `network`, without its last layer `fc`. Raises UserError when there is none.
+
+    checkpoint: what `read` returned for `path` (named in messages), of this or another program; network: a
+    torchvision model `arch`, also on the meta device; advice: what to do when it does not fit.
+
+    Whatever stands in front of the names, such as `backbone.`, is taken when all tensors of the network are
+    there in its shapes, and none more of its layers. BatchNorm's counters may be missing and are 0 then. Of
+    several backbones ENTRIES and FOLLOWERS say which is taken; where they do not, it is an error.
+    """
+    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    total = sum(not _is_counter(name) for name in own)
+    layers = [name for name, _ in network.named_children()]
+    found = sorted(
+        _backbones(checkpoint, own, layers, arch), key=lambda each: (each.preference, -each.fitting)
+    )
+    whole = [each for each in found if each.misfit is None]
+    in_part = [each for each in found if 2 * each.fitting >= total]
+    if not whole or in_part[0].preference < whole[0].preference:  # the one to take is incomplete
+        raise UserError(f"{path} {_no_backbone(checkpoint, in_part or found, total, arch, advice)}")
+    best = whole[0]
+    for other in whole:
+        if other.preference == best.preference and not other.same_tensors(best):
+            raise UserError(
+                f"{path} holds several backbones of {arch}, {best.place} and {other.place}: write the "
+                "tensors of the one that you want to a file of their own"
+            )
+    state = {name: best.state.get(best.names[name]) for name in own}
+    taken = f"the tensors {best.place}" + (", numbered as its layers" if best.numbered else "")
+    if left := len(best.state.keys() - best.names.values()):
+        taken += f", {left} of other parts left out"
+    for name, tensor in state.items():
+        if _is_counter(name) and (tensor is None or tensor.shape != own[name].shape):
+            state[name] = torch.zeros(own[name].shape, dtype=own[name].dtype)
+    return state, taken
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    """Tensors of a file that are a backbone, whole or in part.
+
+    entry, state: the dict that holds them, as of `_state_dicts`; names: theirs in it, by the network's.
+    """
+
+    entry: str
+    prefix: str
+    numbered: bool  # layers have numbers, as in nn.Sequential(*network.children())
+    state: dict
+    names: dict
+    fitting: int  # how many have the network's shape, without counters
+    misfit: str | None
+
+    @property
+    def place(self):
+        return (f"under {self.prefix} " if self.prefix else "") + f"of the file's {self.entry}"
+
+    @property
+    def preference(self):
+        """Smaller is preferred."""
+        follows = bool(FOLLOWERS & set(re.split(r"[._]", f"{self.entry}.{self.prefix}")))
+        return follows, ENTRIES.index(self.entry) if self.entry in ENTRIES else len(ENTRIES)
+
+    def same_tensors(self, other):
+        pairs = [(self.names[name], other.names[name]) for name in self.names if not _is_counter(name)]
+        return all(torch.equal(self.state[one], other.state[two]) for one, two in pairs)
+
+
+def _backbones(checkpoint, own, layers, arch):
+    """The _Backbones of a checkpoint that have a tensor or more of the network's `own` in its shape.
+
+    layers: the names of the network's children, whose order numbers them.
+    """
+    numbers = {name: str(number) for number, name in enumerate(layers)}
+    split = {name: name.partition(".") for name in own}
+    by_number = {name: numbers.get(layer, layer) + dot + rest for name, (layer, dot, rest) in split.items()}
+    namings = [  # each: the network's names to the file's, and what the file's start with
+        (False, {name: name for name in own}, {layer for layer in layers if layer != "fc"}),
+        (True, by_number, {numbers[layer] for layer in layers if layer != "fc"}),  # lightly's examples
+    ]
+    for entry, state in _state_dicts(checkpoint).items():
+        state = plain_names(state)
+        for numbered, naming, starts in namings:
+            for prefix in _prefixes(state, set(naming.values())):
+                names = {name: prefix + there for name, there in naming.items()}
+                misfits = {
+                    name: _misfit(state, names[name], own[name], arch)
+                    for name in own
+                    if not _is_counter(name)
+                }
+                ours = set(names.values())
+                more = [  # ResNet-34 has all tensors of ResNet-18 and more
+                    f"{name} is not in {arch}"
+                    for name in state
+                    if name.startswith(prefix) and name not in ours
+                    if name[len(prefix) :].partition(".")[0] in starts
+                ]
+                if fitting := sum(misfit is None for misfit in misfits.values()):
+                    misfit = next(filter(None, [*misfits.values(), *more]), None)
+                    yield _Backbone(entry, prefix, numbered, state, names, fitting, misfit)
+
+
+def _misfit(state, name, tensor, arch):
+    """In words, why the tensor `name` of a state_dict cannot be that of the network, or None."""
+    if name not in state:
+        return f"{name} is missing"
+    there, here = tuple(state[name].shape), tuple(tensor.shape)
+    return None if there == here else f"{name} is {there} there and {here} in {arch}"
+
+
+def _prefixes(state, tails):
+    """What is in front of one of the `tails` in a name of the state_dict."""
+    depth = max(tail.count(".") for tail in tails) + 1
+    found = set()
+    for name in state:
+        parts = name.split(".")
+        for start in range(max(0, len(parts) - depth), len(parts)):
+            if (tail := ".".join(parts[start:])) in tails:
+                found.add(name.removesuffix(tail))
+    return sorted(found)
+
+
+def _is_counter(name):
+    return name.rpartition(".")[2] == COUNTER
+
+
+def with_counters(state_dict, network):
+    """A state_dict of `network` with BatchNorm's counters, which torch takes as 0 where a file lacks them."""
+    own = network.state_dict().items()
+    return {name: torch.zeros_like(tensor) for name, tensor in own if _is_counter(name)} | state_dict
+
+
+def _no_backbone(checkpoint, found, total, arch, advice):
+    """What is wrong with a checkpoint in which `found` are the best _Backbones, the preferred one first."""
+    settings = checkpoint.get("settings")
     if isinstance(settings, dict) and settings.get("random_bits"):
-        raise UserError(
-            f"{path} is of a run with --random-bits, whose encoder takes more than the three channels of an "
-            "image; python -m moco.shortcuts randbit measures such encoders"
+        return (
+            "is of a run with --random-bits, whose encoder takes more than the three channels of an image; "
+            "python -m moco.shortcuts randbit measures such encoders"
         )
-    query = {name.removeprefix("encoder_q."): t for name, t in state.items() if name.startswith("encoder_q.")}
-    backbone = {name: t for name, t in (query or state).items() if not name.startswith("fc.")}
-    if not backbone:
-        raise UserError(f"{path} holds no encoder: its tensors are {_some(state)}")
-    return backbone
+    advice = advice or "if it is of another architecture, name that with --arch"
+    if not found:
+        state_dicts = _state_dicts(checkpoint)
+        largest = max(state_dicts, key=lambda entry: len(state_dicts[entry]))
+        has = f"its {largest} has {_some(state_dicts[largest])}"
+        return f"does not fit {arch}, of whose backbone it holds no tensor: {has}; {advice}"
+    shown = []
+    for each in found:
+        if not any(each.entry == one.entry and each.prefix.startswith(one.prefix) for one in shown):
+            shown.append(each)
+    counts = _some([f"{each.fitting} {each.place}" for each in shown])
+    has = f"it has {counts}, and {shown[0].misfit}"
+    return f"does not fit {arch}: of the backbone's {total} tensors {has}; {advice}"
 
 
 def check_arch(checkpoint, arch, path):
     """Raise UserError when the checkpoint read from `path` says that it is of another architecture."""
-    if checkpoint.get("arch", arch) != arch:
-        raise UserError(f"{path} is of -a {checkpoint['arch']}, not of -a {arch}")
+    named = checkpoint.get("arch")
+    if isinstance(named, str) and named != arch:
+        raise UserError(f"{path} is of -a {named}, not of -a {arch}")
 
 
 def load_strictly(model, state_dict, path, may_miss=(), advice="name a checkpoint of the same architecture"):
@@ -228,19 +449,21 @@ class Checkpoints:
         resume, overwrite: --resume and --overwrite. All ranks call it together and get the same. Raises
         UserError, before any file is touched, when the folder has checkpoints that the run would mix with.
         """
-        self._lock = _lock(self.folder, self.rank)
-        source = _source(self.newest_first(), resume, self.rank)
-        checkpoint = read(source) if source else {}
-        if source and not any(name.startswith("encoder_q.") for name in checkpoint["state_dict"]):
-            raise UserError(f"{source} is not of pre-training, so main_moco.py cannot continue it")
-        _check_types(checkpoint, source)
-        if resume != "auto":
-            others, position = self.newest_first(), (0, 0)
-            if source and Path(source).resolve().parent == self.folder.resolve():
-                position = checkpoint.get("epoch", 0), checkpoint.get("step", 0)
-                others = [path for path in others if _position(path) > position]
-            _refuse_or_remove(others, position > (0, 0), overwrite, self.folder, self.rank)
-        _remove_partial(self.folder, self.rank)
+        with contextlib.ExitStack() as held:
+            held.enter_context(_lock(self.folder, self.rank))
+            source = _source(self.newest_first(), resume, self.rank)
+            checkpoint = read(source) if source else {}
+            if source and not any(name.startswith("encoder_q.") for name in checkpoint["state_dict"]):
+                raise UserError(f"{source} is not of pre-training, so main_moco.py cannot continue it")
+            _check_types(checkpoint, source)
+            if resume != "auto":
+                others, position = self.newest_first(), (0, 0)
+                if source and Path(source).resolve().parent == self.folder.resolve():
+                    position = checkpoint.get("epoch", 0), checkpoint.get("step", 0)
+                    others = [path for path in others if _position(path) > position]
+                _refuse_or_remove(others, position > (0, 0), overwrite, self.folder, self.rank)
+            _remove_partial(self.folder, self.rank)
+            self._lock = held.pop_all()  # to be held until this object ends
         return source, checkpoint
 
     def save(self, model, optimizer, scaler, *, epoch, step, **entries):
@@ -308,14 +531,16 @@ class LinearCheckpoints:
 
     def load(self, resume, overwrite=False):
         """As Checkpoints.load."""
-        self._lock = _lock(self.folder, self.rank)
-        source = _source(self.newest_first(), resume, self.rank)
-        checkpoint = read(source) if source else {}
-        check_linear(checkpoint, source)
-        others = [path for path in (self.newest, self.previous, self.best) if path.is_file()]
-        if not source or Path(source).resolve() not in [path.resolve() for path in others]:
-            _refuse_or_remove(others, False, overwrite, self.folder, self.rank)
-        _remove_partial(self.folder, self.rank)
+        with contextlib.ExitStack() as held:
+            held.enter_context(_lock(self.folder, self.rank))
+            source = _source(self.newest_first(), resume, self.rank)
+            checkpoint = read(source) if source else {}
+            check_linear(checkpoint, source)
+            others = [path for path in (self.newest, self.previous, self.best) if path.is_file()]
+            if not source or Path(source).resolve() not in [path.resolve() for path in others]:
+                _refuse_or_remove(others, False, overwrite, self.folder, self.rank)
+            _remove_partial(self.folder, self.rank)
+            self._lock = held.pop_all()  # to be held until this object ends
         return source, checkpoint
 
     def save(self, checkpoint, best=None):
@@ -384,32 +609,29 @@ def _refuse_or_remove(others, later, overwrite, folder, rank):
 
 
 def _lock(folder, rank):
-    """Lock an output folder, on rank 0, for as long as the returned object lives.
+    """The Lock of an output folder, on rank 0; elsewhere a context that does nothing.
 
-    Raises UserError on all ranks when another process has locked it.
+    Raises UserError on all ranks when another run holds it, or it cannot be made.
     """
-    held, sentence = contextlib.ExitStack(), None
-    holder = _holder(folder) if rank.is_first else None
-    if rank.is_first and holder != str(os.getpid()):
-        who = f" (process {holder})" if holder else ""
-        reason = f"another run{who} is using --output-dir {folder}: stop it, or choose another folder"
+    lock, sentence = contextlib.nullcontext(), None
+    if rank.is_first:
         try:
-            held.enter_context(locked(folder, reason))
+            lock = Lock(
+                folder / LOCK,
+                lambda holder: (
+                    f"another run ({holder.process}) is using --output-dir {printable(folder)} "
+                    f"({holder.program}): stop it, or choose another folder"
+                ),
+            )
         except UserError as error:
             sentence = str(error)
+        except OSError as error:
+            sentence = (
+                f"cannot write to --output-dir {printable(folder)} ({error.strerror}); choose another folder"
+            )
     if sentence := rank.broadcast(sentence):
         raise UserError(sentence)
-    return held
-
-
-def _holder(folder):
-    """The number of the process that has locked a folder, as Linux tells it, or None."""
-    try:
-        inode = f":{os.stat(folder).st_ino}"
-        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        return next((words[4] for words in lines if words[5].endswith(inode)), None)
-    except (OSError, IndexError):
-        return None
+    return lock
 
 
 def _check_types(checkpoint, path):
@@ -426,6 +648,8 @@ def check_linear(checkpoint, path):
     """Raise UserError when the checkpoint read from `path` is not one that linear evaluation can continue."""
     if any(name.startswith("encoder_q.") for name in checkpoint.get("state_dict", ())):
         raise UserError(f"{path} is of pre-training: give it as --pretrained, not as --resume")
+    if not checkpoint.get("state_dict", True):
+        raise UserError(f"{path} has no entry state_dict, so it is not a checkpoint of linear evaluation")
     _check_types(checkpoint, path)
 
 
@@ -447,20 +671,40 @@ def _position(path):
 def _unreadable(path, error):
     """Why torch could not read a file: its own message advises to turn the protection off."""
     with open(path, "rb") as file:
-        head = file.read(512).lstrip().lower()
+        raw = file.read(512)
+    head = raw.lstrip().lower()
     if not head:
         return f"{path} is empty; copy or download it again"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"{path} is a web page that a server sent instead of a checkpoint; download it again"
-    calls = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
-    if calls:
+    if call := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
-            f"{path} holds more than tensors and plain values, so reading it could run code; refused "
-            f"({calls[0][:160]})"
+            f"{path} holds more than tensors and plain values ({call[1]}), so reading it could run code; "
+            f"refused. Where you trust it, {_written_alone(path, OF_PICKLE)}, with the packages of the "
+            "program that made it"
         )
+    if raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") < os.path.getsize(path):
+        return f"{path} is a safetensors file, not one of torch.save; {_written_alone(path, OF_SAFETENSORS)}"
     text = first_line(error)
     reason = "" if text.startswith("Weights only load failed") else f" ({text})"
     return f"{path} is damaged or not a checkpoint of torch{reason}; copy or download it again"
+
+
+# Python programs that write the weights of file 1 alone to file 2, of what is not read here.
+OF_TORCHSCRIPT = 'import sys, torch; torch.save(torch.jit.load(sys.argv[1], "cpu").state_dict(), sys.argv[2])'
+OF_SAFETENSORS = (
+    "import sys, torch, safetensors.torch; torch.save(safetensors.torch.load_file(sys.argv[1]), sys.argv[2])"
+)
+OF_PICKLE = (  # dicts and modules, in each other
+    'import sys, torch; w = lambda v: w(v.state_dict()) if hasattr(v, "state_dict") else '
+    "{k: w(x) for k, x in v.items()} if isinstance(v, dict) else "
+    "v if torch.is_tensor(v) or type(v) in (str, int, float) else None; "
+    'torch.save(w(torch.load(sys.argv[1], "cpu", weights_only=False)), sys.argv[2])'
+)
+
+
+def _written_alone(path, program):
+    return f"`python -c '{program}' {shell_word(path)} weights.pth` writes the weights alone"
 
 
 def _some(names, most=3):

@@ -11,6 +11,7 @@ import hashlib
 import math
 import multiprocessing.connection
 import os
+import platform
 import re
 import signal
 import socket
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.errors import UserError, first_line
+from moco.errors import UserError, escape_output, first_line, say
 from moco.run.resources import available_cores
 from moco.run.signals import EXIT_CODE, SIGNALS, exit_on_signal
 
@@ -75,10 +76,10 @@ class Rank:
         """Loader workers of this process for --workers of the node; None: one for each of its cores."""
         return self.cores if workers is None else math.ceil(workers / self.local_world_size)
 
-    def print(self, line):
-        """Print on rank 0."""
-        if self.is_first:
-            print(line, flush=True)
+    def print(self, *lines):
+        """Print each of the lines on rank 0 (moco.errors.say)."""
+        for line in lines if self.is_first else ():
+            say(line)
 
     def broadcast(self, value):
         """Rank 0's value of something picklable."""
@@ -352,7 +353,7 @@ def _meet(url, rank, world_size, local_world_size, backend):
 
 @contextlib.contextmanager
 def _said_after(seconds, line):
-    timer = threading.Timer(seconds, print, (line,), {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(seconds, say, (line, sys.stderr))
     timer.daemon = True
     timer.start()
     try:
@@ -362,6 +363,11 @@ def _said_after(seconds, line):
 
 
 def _spawn(worker, args, url, backend, variables):
+    if not hasattr(signal, "pthread_sigmask"):  # not a Unix
+        raise UserError(
+            f"--multiprocessing-distributed does not run on {platform.system()}; leave it out for one "
+            "process, or use Linux (on Windows: WSL 2)"
+        )
     failures = torch.multiprocessing.get_context("spawn").SimpleQueue()
     arguments = (worker, args, url, backend, variables, failures, os.getpid())
     # Ranks start with signals blocked, until they can report what a signal does to them.
@@ -401,6 +407,7 @@ def _spawn(worker, args, url, backend, variables):
 
 def _spawned(index, worker, args, url, backend, variables, failures, parent):
     os.environ.update({name: str(value) for name, value in variables[index].items()})
+    escape_output()
     _stop_with_parent()
     if os.getppid() != parent:  # it has ended already
         return

@@ -19,7 +19,7 @@ import PIL
 import torch
 import torchvision
 
-from moco.errors import DivergedError, UserError
+from moco.errors import DivergedError, UserError, printable, say
 from moco.progress import duration
 from moco.run.resources import peak_megabytes
 
@@ -158,6 +158,11 @@ class RunLog:
                 self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first)
         except OSError as error:
             raise self._unwritable(error) from error
+        except UnicodeError as error:
+            raise UserError(
+                f"TensorBoard cannot write below {folder}, whose name is not UTF-8; choose another "
+                "--output-dir, or leave out --tensorboard"
+            ) from error
         start |= {"epoch": epoch, "step": step, "steps": steps, "processes": rank.world_size}
         self._write({"kind": "start", **machine(rank.device), **start})
 
@@ -177,7 +182,7 @@ class RunLog:
             self._marks.append((time.monotonic(), epoch * self.steps + step + 1))
         if not self._file:
             return
-        print(meters.line(step), flush=True)
+        say(meters.line(step))
         newest = {
             "loss": meters.newest["Loss"],
             "acc1": meters.newest["Acc@1"],
@@ -239,7 +244,7 @@ def machine(device):
     modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "pillow": PIL}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [printable(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
         "versions": {"python": platform.python_version()}
         | {name: str(module.__version__) for name, module in modules.items()},
         "git": git_state(PROJECT),

@@ -2,11 +2,15 @@
 
 import math
 import os
-import resource
 import sys
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None
 
 CGROUP = Path("/sys/fs/cgroup")  # of a container or a scheduler, version 2
 
@@ -23,8 +27,12 @@ def available_cores(cgroup=CGROUP):
 
 
 def peak_megabytes(device):
-    """The peak memory of this process in 10^6 bytes: on its GPU by torch's allocator, else resident."""
+    """The peak memory of this process in 10^6 bytes: on its GPU by torch's allocator, else resident. None
+    where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -6,7 +6,9 @@ import signal
 import time
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the run was stopped and can be continued
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = tuple(  # not every system has all of them
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
 SAME = (
     1.0  # seconds within which a signal that arrives twice, from the terminal and from a parent, counts once
 )
@@ -54,7 +56,7 @@ def exit_on_signal():
     def leave(*_):
         raise SystemExit(EXIT_CODE)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, leave) for number in SIGNALS if number != signal.SIGINT}
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ Every combination of bits, temperature, method, epsilon and seed is a run. A swe
 continued by the same command, also with more values.
 """
 
-import argparse
 import itertools
 import os
 import signal
@@ -17,7 +16,7 @@ import torch
 from moco import options, trifeature
 from moco.data.folders import image_folder
 from moco.encoders import check_image_size
-from moco.errors import UserError, run_program
+from moco.errors import Parser, UserError, printable, run_program
 from moco.files import atomic_file
 from moco.plot import save_picture
 from moco.run.launch import Rank
@@ -38,7 +37,7 @@ SWEPT = ("moco_t", "random_bits", "method", "epsilon", "alpha", "seed")  # setti
 
 def parse_args():
     """(the sweep's own flags, the others, which are main_moco.py's)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moco.shortcuts",
         usage="python -m moco.shortcuts randbit --out DIR [flags, also main_moco.py's]",
         description="Pre-train encoders by main_moco.py on images with random bits, which both views share, "
@@ -131,14 +130,14 @@ def write_report(out, results):
         return "nothing to show yet"
     text, table_path, figure_path = table(results), Path(out, "table.md"), Path(out, "figure.png")
     with atomic_file(table_path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     if not rows(results):
-        return f"{text}\n{table_path}"
+        return f"{text}\n{printable(table_path)}"
     try:
         save_picture(figure_of(results), figure_path)
     except UserError as error:
-        return f"{text}\n{table_path}; no figure: {error}"
-    return f"{text}\n{table_path}, {figure_path}"
+        return f"{text}\n{printable(table_path)}; no figure: {error}"
+    return f"{text}\n{printable(table_path)}, {printable(figure_path)}"
 
 
 def main():

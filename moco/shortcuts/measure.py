@@ -3,7 +3,6 @@
 python -m moco.shortcuts.measure OUT.json DATA [--pretrained CKPT] [flags of main_moco.py, as of the run]
 """
 
-import argparse
 import json
 import signal
 from pathlib import Path
@@ -17,7 +16,7 @@ from moco.data.experiments import HELD_OUT, TRAIN, bits_of, with_channels
 from moco.data.folders import labeled_folders, targets_of
 from moco.data.loader import ValidationLoader
 from moco.encoders import base_encoder
-from moco.errors import DivergedError, UserError, run_program
+from moco.errors import DivergedError, Parser, UserError, run_program
 from moco.files import atomic_file
 from moco.run import checkpoint as checkpoints
 from moco.run.log import machine
@@ -28,7 +27,7 @@ OWN, SHARED = "readout", "readout_shared_bits"  # each image with its own random
 BATCH = 256
 
 
-def readouts(folder, device, network, size, seed, random_bits):
+def readouts(folder, device, network, size, seed, random_bits, gray_range=None):
     """Linear readouts of the images in `folder`: {OWN: {factor: readout}}, with random bits also SHARED.
 
     A readout is `probe.read_out`'s dict with the accuracy at `chance`; factors are Trifeature's, or "class"
@@ -48,7 +47,7 @@ def readouts(folder, device, network, size, seed, random_bits):
             bits = bits_of(seed, part, range(len(images)), random_bits)
             if reading == SHARED:
                 bits = bits_of(seed, TRAIN, [0], random_bits).expand_as(bits)
-            features.append(features_of(network, images, size, device, bits))
+            features.append(features_of(network, images, size, device, bits, gray_range))
         found[reading] = {}
         for name, (train, val, classes) in labeled.items():
             targets, held_out = (torch.as_tensor(targets_of(images)) for images in (train, val))
@@ -60,13 +59,14 @@ def readouts(folder, device, network, size, seed, random_bits):
 
 
 @torch.no_grad()
-def features_of(network, images, size, device, bits):
+def features_of(network, images, size, device, bits, gray_range=None):
     """Features (N, d) of the central views of an ImageFolder's N images, float32 on the CPU.
 
     network: in evaluation mode; bits: (N, B), its further channels. DivergedError for non-finite features.
     """
     parts = []
-    for batch in ValidationLoader(images, size=size, batch_size=BATCH, workers=0, device=device):
+    settings = {"size": size, "batch_size": BATCH, "device": device, "gray_range": gray_range}
+    for batch in ValidationLoader(images, **settings):
         views = with_channels(normalize(batch.pixels[0]), bits[batch.indices])
         parts.append(network(views).float().cpu())
     features = torch.cat(parts)
@@ -85,12 +85,9 @@ def untrained_encoder(arch, moco_dim, seed, random_bits):
     return network.eval()
 
 
-def load_encoder(network, path):
-    """Give `network` the query encoder of the checkpoint `path`, but for its head. Raises UserError."""
-    state = checkpoints.read(path)["state_dict"].items()
-    query = {name.removeprefix("encoder_q."): t for name, t in state if name.startswith("encoder_q.")}
-    backbone = {name: t for name, t in query.items() if not name.startswith("fc.")}
-    checkpoints.load_strictly(network, backbone, path)
+def load_encoder(network, path, arch):
+    """Give `network`, an `arch`, the encoder of the checkpoint `path`, but for its head. Raises UserError."""
+    checkpoints.load_encoder(network, checkpoints.read(path), path, arch)
 
 
 def last_epoch(path):
@@ -101,7 +98,7 @@ def last_epoch(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moco.shortcuts.measure",
         usage="python -m moco.shortcuts.measure OUT.json DATA [--pretrained CKPT] [flags of main_moco.py]",
         description="Read Trifeature's factors, or the classes of other images, from frozen features by a "
@@ -124,9 +121,10 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, found = untrained_encoder(run.arch, run.moco_dim, run.seed, run.random_bits), {}
     if args.pretrained:
-        load_encoder(network, args.pretrained)
+        load_encoder(network, args.pretrained, run.arch)
         found["losses"] = last_epoch(args.pretrained)
-    found |= readouts(args.data, device, network.to(device), run.image_size, run.seed, run.random_bits)
+    own = run.image_size, run.seed, run.random_bits, run.gray_range
+    found |= readouts(args.data, device, network.to(device), *own)
     found |= {name: value for name, value in machine(device).items() if name != "command"}
     for factor, readout in found[OWN].items():
         note = "" if readout["converged"] else "; NOT converged"

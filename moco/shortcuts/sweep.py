@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco.errors import DivergedError, UserError
-from moco.files import atomic_file, locked
+from moco.errors import DivergedError, UserError, printable
+from moco.files import LOCK, Lock, atomic_file
 
-SETTINGS, RESULTS, LOCK, LOG, MEASURED = "sweep.json", "results.jsonl", ".lock", "log.txt", "measured.json"
+SETTINGS, RESULTS, LOG, MEASURED = "sweep.json", "results.jsonl", "log.txt", "measured.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,13 @@ def opened(out, settings):
         out.mkdir(parents=True, exist_ok=True)
         if not path.is_file() and any(name != LOCK for name in os.listdir(out)):
             raise UserError(f"{out} is not empty and holds no sweep (no {SETTINGS}); choose another --out")
-        with locked(out / LOCK, f"another sweep is running in {out}; wait for it, or stop it"):
+        with Lock(
+            out / LOCK,
+            lambda holder: (
+                f"another sweep is running in {printable(out)}; wait for it, or stop it ({holder.process}, "
+                f"{holder.program})"
+            ),
+        ):
             if not path.is_file():
                 with atomic_file(path) as temporary:
                     temporary.write_text(json.dumps(settings, indent=1) + "\n")
@@ -112,7 +118,7 @@ def run_jobs(out, jobs, parallel, environments, stop, keep_checkpoints=False):
                 elif not stop.requested():
                     end = f"ended with exit code {code}: {_last_line(log)}"
                     failures.append(f"error: {job.name} {end} (see {log})")
-                    print(failures[-1], flush=True)
+                    print(printable(failures[-1]), flush=True)
     finally:
         for process in running:
             process.terminate()

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from moco.errors import UserError
-from moco.files import atomic_folder
+from moco.files import Lock, atomic_folder, lock_beside
 from moco.progress import Progress
 from moco.trifeature.draw import COLORS, SHAPES, TEXTURES, render
 
@@ -81,8 +81,7 @@ def generate(out, size=128, renders=10, seed=0, force=False):
             _draw(folder, size, renders, seed)
             (folder / SETTINGS).write_text(json.dumps(settings) + "\n")
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {out}: {reason}; make room or choose another place") from error
+        raise _unwritable(out, error) from error
     return True
 
 
@@ -90,14 +89,19 @@ def ensure(out, size=128, renders=10, seed=0):
     """Draw the data set unless `out` holds a train/ already, of whatever settings; True if it was drawn.
     Errors as in `generate`.
 
-    Safe in several processes at once: each draws in a folder of its own, the first to finish gives it the
-    name, and the others find it there.
+    Safe in several processes at once: one draws and the others wait. Where there are no locks each draws in a
+    folder of its own, the first to finish gives it the name, and the others find it there.
     """
-    train = Path(out) / "train"  # complete if it exists, for a set appears under its name when it is complete
+    out = Path(out).resolve()
+    train = out / "train"  # complete if it exists, for a set appears under its name when it is complete
     if train.is_dir():
         return False
     try:
-        return generate(out, size, renders, seed)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(lock_beside(out)):
+            return not train.is_dir() and generate(out, size, renders, seed)
+    except OSError as error:
+        raise _unwritable(out, error) from error
     except UserError:
         if train.is_dir():
             return False
@@ -121,6 +125,10 @@ def _draw(folder, size, renders, seed):
 def _rng(seed, *position):
     # numbers that depend on the seed and the position alone; PCG64 by name, for numpy's default may change
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=position)))
+
+
+def _unwritable(out, error):
+    return UserError(f"cannot write {out}: {error.strerror or error}; make room or choose another place")
 
 
 def _settings_of(out):

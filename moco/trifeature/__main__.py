@@ -1,14 +1,13 @@
 """Draw the Trifeature data set: python -m moco.trifeature data/trifeature"""
 
-import argparse
 import signal
 
-from moco.errors import run_program
+from moco.errors import Parser, printable, run_program
 from moco.trifeature import generate
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moco.trifeature",
         description="Draw the Trifeature data: 10 shapes x 10 textures x 10 colors on gray; 800 combinations "
         "in OUT/train, the other 200 in OUT/val, a folder each.",
@@ -24,9 +23,9 @@ def main():
 
     drawn = generate(args.out, args.size, args.renders, args.seed, args.force)
     if not drawn:
-        print(f"{args.out}: already drawn with these settings")
+        print(f"{printable(args.out)}: already drawn with these settings")
         return
-    print(f"{args.out}: {800 * args.renders} images in train, {200 * args.renders} in val")
+    print(f"{printable(args.out)}: {800 * args.renders} images in train, {200 * args.renders} in val")
 
 
 if __name__ == "__main__":

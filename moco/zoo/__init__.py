@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-from moco.errors import UserError, first_line
+from moco.errors import UserError, first_line, printable, shell_word
 from moco.files import atomic_file, file_hash, locked, sha256
-from moco.run.checkpoint import encoder_state, load_strictly, read
+from moco.run.checkpoint import load_encoder, read
 
 TIMEOUT = 60  # seconds without a byte after which a connection counts as broken
 
@@ -120,7 +120,7 @@ def fetch(name, folder=None, force=False):
                 except UserError as error:
                     raise UserError(
                         f"{path} is not {name} or is damaged ({error}); `python -m moco.zoo download {name} "
-                        f"--force --to {folder}` replaces it"
+                        f"--force --to {shell_word(folder)}` replaces it"
                     ) from None
             if not _record(path).exists():
                 with atomic_file(_record(path)) as temporary:
@@ -172,7 +172,7 @@ def _download(model, path):
     except (UserError, OSError, http.client.HTTPException, ValueError) as error:
         reason = first_line(error)
         if isinstance(error, UserError):
-            reason = f"what arrived was refused: {error}".replace(str(temporary), "the file")
+            reason = f"what arrived was refused: {error}".replace(printable(temporary), "the file")
         raise UserError(
             f"cannot download {model.name} ({reason}); try again later, or download {model.link} in a "
             f"browser and put the file into the folder {path.parent.absolute()} as {path.name}"
@@ -186,7 +186,7 @@ def _backbone(checkpoint, path):
         model = torchvision.models.resnet50(weights=None)
     model.fc = torch.nn.Identity()
     model = model.to_empty(device="cpu")
-    load_strictly(model, encoder_state(checkpoint, path), path)
+    load_encoder(model, checkpoint, path, "resnet50", advice="moco.zoo reads ResNet-50s")
     return model.eval()
 
 

@@ -1,13 +1,11 @@
 """python -m moco.zoo list | download NAME: released models of MoCo and IFM."""
 
-import argparse
-
 from moco import zoo
-from moco.errors import run_program
+from moco.errors import Parser, printable, run_program
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moco.zoo",
         description="Released models of MoCo and IFM by name. The names also work wherever a checkpoint is "
         "asked for: python main_lincls.py --pretrained ifm-eps0.1 ...",
@@ -27,7 +25,7 @@ def main():
             print(f"{model.name:{width}}  {model.top1:5.1f}  {model.text}")
         print("top-1: published accuracy in % of a linear classifier on the data set named")
     else:
-        print(zoo.fetch(args.name, args.to, args.force))
+        print(printable(zoo.fetch(args.name, args.to, args.force)))
 
 
 if __name__ == "__main__":

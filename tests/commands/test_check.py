@@ -9,8 +9,7 @@ import time
 import numpy as np
 import pytest
 from forked_program import Program
-from odd_images import DAMAGED, encoded, oriented, photograph
-from PIL import Image
+from odd_images import CT, DAMAGED, encoded, oriented, photograph, tiff
 
 from moco import check, trifeature
 
@@ -36,7 +35,9 @@ def test_a_good_data_set_is_good(folders, cli, workers):
         "  pixels: width 40 / 40 / 40, height 30 / 30 / 30",
         f"{folders}/val: images 9, classes 3",
     ]
-    assert output.splitlines()[-1].startswith("all 33 images can be read, by ")
+    assert output.splitlines()[-2].startswith("all 33 images can be read, by ")
+    start = "pre-training will start, with -b 24 or less; linear evaluation will start"
+    assert output.splitlines()[-1] == start
 
 
 @pytest.mark.parametrize("workers", ["0", "3"])
@@ -76,6 +77,8 @@ def test_names_of_any_bytes_are_printed_escaped(images, cli):
 
 
 def test_odd_images_are_counted_and_good(tmp_path, cli):
+    color = np.zeros((6, 10, 5), np.uint8)
+    pages = [photograph().convert(mode) for mode in ("RGB", "L")]
     odd = {
         "plain.jpg": encoded(photograph()),
         "gray.jpg": encoded(photograph().convert("L")),
@@ -85,7 +88,13 @@ def test_odd_images_are_counted_and_good(tmp_path, cli):
         "rgba.png": encoded(photograph().convert("RGBA"), "PNG"),
         "la.png": encoded(photograph().convert("LA"), "PNG"),
         "transparent.png": encoded(photograph().convert("P"), "PNG", transparency=0),
-        "gray16.png": encoded(Image.fromarray(np.arange(6000, dtype=np.uint16).reshape(60, 100)), "PNG"),
+        "color16.tif": tiff(color[:, :, :3].astype(np.uint16), photometric=2),
+        "inverted.tif": tiff(np.full((6, 10), 60000, np.uint16), photometric=0),
+        "channels.tif": tiff(color, photometric=2, extra=(0, 0)),
+        "pages.tif": encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]),
+        "frames.webp": encoded(pages[0], "WEBP", save_all=True, append_images=pages[1:]),
+        "preview.jpg": encoded(pages[0], "MPO", save_all=True, append_images=pages[1:]),
+        "one page.tif": encoded(photograph(), "TIFF"),
     }
     folder = tmp_path / "train" / "one class"
     folder.mkdir(parents=True)
@@ -93,14 +102,82 @@ def test_odd_images_are_counted_and_good(tmp_path, cli):
         (folder / name).write_bytes(data)
     code, output, _ = cli(check.main, tmp_path)
     lines = output.splitlines()
-    assert code == 0 and "  pixels: width 1 / 90 / 100, height 1 / 61 / 61" in lines
+    assert code == 0 and "  pixels: width 1 / 90 / 90, height 1 / 61 / 61" in lines
     odd = [line.strip() for line in lines if line.startswith("  ")][2:]
     assert sorted(line.split(":")[0] for line in odd) == [
+        "1 gray of more than 8 bits with white stored as 0",
+        "1 gray with 16-bit values",
         "1 in CMYK",
         "1 with 16 bits a color",
+        "1 with 5 channels, of which 3 are read",
         "1 with an orientation in EXIF",
+        "2 with several pages or frames",
         "3 with transparency",
     ]
+
+
+@pytest.mark.parametrize("name", CT)
+def test_a_range_that_fits_the_gray_images_is_named_and_can_be_given(tmp_path, cli, name):
+    make, (low, high) = CT[name]
+    for split in ("train", "val"):
+        (tmp_path / split / "ct").mkdir(parents=True)
+        for seed in range(2):
+            (tmp_path / split / "ct" / f"{seed}.{name}").write_bytes(make(seed))
+    code, output, _ = cli(check.main, tmp_path, "-j", "0")
+    [warning] = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert f" use {low} to {high}" in warning and f"--gray-range {low} {high}" in warning
+    assert ("4 of 4 images cannot be read: 4 need the --gray-range named above" in output) == (
+        name == "float.tif"
+    )
+    assert code == (1 if name == "float.tif" else 0)
+    code, output, _ = cli(check.main, tmp_path, "-j", "2", "--gray-range", low, high)
+    assert code == 0 and "warning" not in output
+    assert output.count(f"values: {low} to {high}, {low} to {high} become 0 to 255") == 2
+    output = cli(check.main, tmp_path, "-j", "2", "--gray-range", -90000, 90000)[1]
+    assert f"use {low} to {high} of -90000 to 90000" in output
+
+
+def test_what_needs_a_range_is_told_from_what_is_damaged(tmp_path, cli):
+    (tmp_path / "train" / "ct").mkdir(parents=True)
+    (tmp_path / "train" / "ct" / "0.tif").write_bytes(CT["float.tif"][0]())
+    (tmp_path / "train" / "ct" / "1.tif").write_bytes(CT["float.tif"][0]()[:300])
+    code, output, _ = cli(check.main, tmp_path)
+    assert code == 1 and "1 need the --gray-range named above" in output
+    assert "; of the other 1: repair or remove them" in output
+    (tmp_path / "train" / "ct" / "0.tif").unlink()
+    code, output, _ = cli(check.main, tmp_path)
+    assert code == 1 and "gray-range" not in output
+
+
+def test_what_is_left_out_is_said(images, cli):
+    assert "left out" not in cli(check.main, images)[1]
+    (images / "train" / "bee" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/0-checkpoint.jpg", "._0.jpg"):
+        (images / "train" / "bee" / name).write_bytes(b"no image")
+    (images / "val" / "cat" / "loop").symlink_to("..")
+    code, output, _ = cli(check.main, images)
+    assert code == 0 and "all 33 images can be read" in output
+    assert f"left out in {images}/train: hidden files 1, hidden folders 1" in output
+    assert f"left out in {images}/val: links to a folder above them 1" in output
+
+
+def test_a_val_that_cannot_be_used_is_a_fault_of_linear_evaluation(images, cli):
+    (images / "val" / "empty").mkdir()
+    code, output, _ = cli(check.main, images)
+    assert code == 1 and "all 24 images can be read" in output and "will start" not in output
+    assert "fault: " in output.splitlines()[-1] and "such as empty/" in output.splitlines()[-1]
+    shutil.rmtree(images / "val")
+    output = cli(check.main, images)[1]
+    assert output.endswith("-b 24 or less; linear evaluation needs val/, which is missing\n")
+    (images / "val").touch()
+    assert cli(check.main, images)[0] == 1
+
+
+def test_one_image_is_too_few(tmp_path, cli):
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    (tmp_path / "train" / "one" / "0.jpg").write_bytes(encoded(photograph()))
+    code, output, _ = cli(check.main, tmp_path)
+    assert code == 1 and "train/ has 1 image, and a batch needs 2" in output and "will start" not in output
 
 
 def test_a_class_that_train_lacks_is_a_fault(images, cli):
@@ -129,8 +206,9 @@ def test_wrong_use_is_a_sentence(images, cli):
         ([], "the following arguments are required: DIR"),
         ([images / "none"], "there is no folder"),
         ([images / "train"], "has no folder train/"),
-        ([images], "train is not complete (Found no valid file for the classes empty"),
-        ([images / "flat"], "train is not complete (Couldn't find any class folder"),
+        ([images], "train is not complete (no image in 1 of its 4 class folders, such as empty/)"),
+        ([images / "flat"], "train is not complete (no folder in it; images outside of class folders: 1)"),
+        ([images, "--gray-range", "1", "0"], "--gray-range: 1 must be below 0"),
         ([images, "-j", "-1"], "--workers must be 0"),
     ):
         code, output, errors = cli(check.main, *words)
@@ -141,7 +219,7 @@ def test_wrong_use_is_a_sentence(images, cli):
 def test_a_check_that_is_ended_leaves_no_process(folders, monkeypatch, fault):
     def main(report):  # its workers say that they have begun, and never end
         monkeypatch.setattr(
-            check, "read_pixels", lambda path: print("begun", file=report, flush=True) or time.sleep(60)
+            check, "read_pixels", lambda *_: print("begun", file=report, flush=True) or time.sleep(60)
         )
         sys.argv = ["check", str(folders), "-j", "2"]
         check.main()

@@ -48,8 +48,9 @@ def test_the_printed_lines_load_a_network_with_the_same_features(tmp_path, reque
     out = tmp_path / f"backbone{SUFFIXES[to][0]}"
     code, output, errors = cli(main, checkpoint, out, "--to", to)
     assert code == 0, errors
-    first, *lines = output.splitlines()
+    taken, first, *lines = output.splitlines()
     count = len(own.state_dict())
+    assert taken.startswith(f"{checkpoint}: the tensors under encoder_q. of the file's state_dict, ")
     assert first == f"{out}: the {count} tensors of a {arch} backbone; load it in {to} with"
     names = {"torch": torch, "torchvision": torchvision, "timm": timm, "safetensors": safetensors}
     exec("\n".join(lines), names)
@@ -64,7 +65,7 @@ def test_the_printed_lines_load_a_network_with_the_same_features(tmp_path, reque
 def test_a_regnet_which_cannot_be_built_on_the_meta_device(tmp_path):
     own = write_checkpoint(tmp_path / "checkpoint", "regnet_y_400mf")
     found = export(tmp_path / "checkpoint", tmp_path / "out.pth", "torchvision")
-    assert found == ("regnet_y_400mf", len(own.state_dict()))
+    assert found[:2] == ("regnet_y_400mf", len(own.state_dict()))
 
 
 @pytest.mark.parametrize("arch", ["resnet34", "resnext50_32x4d", "wide_resnet50_2"])
@@ -175,7 +176,7 @@ def files(resnet18, tmp_path_factory):
         ("ifm-eps0.11", "out.pth", "timm", "no file .*ifm-eps0.11.*did you mean ifm-eps0.1"),
         ("page", "out.pth", "timm", "is a web page"),
         ("half", "out.pth", "timm", "damaged|cannot be read"),
-        ("as a resnet50", "out.pth", "timm", "does not fit.*--arch, which is not resnet50"),
+        ("as a resnet50", "out.pth", "timm", "does not fit resnet50.* name that with --arch"),
         ("misspelled", "out.pth", "timm", "did you mean resnet18"),
         ("without encoder", "out.pth", "timm", "does not fit"),
         ("without arch", "out.pth", "timm", "--arch, such as resnet50"),
@@ -197,7 +198,7 @@ def test_arch_and_force(files, tmp_path):
     count, out = len(headless("resnet18").state_dict()), tmp_path / "there.pth"
     out.write_text("mine")
     found = export(files / "without arch", out, "timm", arch="resnet18", force=True)
-    assert found == ("resnet18", count) and len(torch.load(out, weights_only=True)) == count
+    assert found[:2] == ("resnet18", count) and len(torch.load(out, weights_only=True)) == count
 
 
 @pytest.mark.parametrize("to", SUFFIXES)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from forked_program import forked
 from miniature import CLASSES, contents, originals, val_name, wanted, write_folders, write_kaggle
 from torchvision.datasets import ImageFolder
 
@@ -96,6 +97,22 @@ def test_an_output_that_exists_stays_as_it_is(tmp_path, miniature):
     with pytest.raises(UserError, match="out exists already: name another folder, or remove it"):
         make(source, out, copy=True)
     assert out.stat().st_ino == before and contents(out) == wanted()
+
+
+def test_a_second_that_makes_the_same_folder_is_refused(tmp_path, miniature, monkeypatch):
+    source, out, fill, said = write_folders(tmp_path / "imagenet"), tmp_path / "out", imagenet100._fill, []
+
+    def fill_beside(*words):  # while the first is at work
+        if not said:
+            pid, output = forked(lambda: make(source, out), (1, 2))
+            said.append(output.read())
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+        fill(*words)
+
+    monkeypatch.setattr(imagenet100, "_fill", fill_beside)
+    make(source, out, copy=True)
+    assert f"error: process {os.getpid()} is making {out} (" in said[0]
+    assert contents(out) == wanted() and sorted(os.listdir(tmp_path)) == ["imagenet", "out"]
 
 
 def test_the_command_line(tmp_path, miniature, cli):

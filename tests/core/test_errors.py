@@ -1,12 +1,16 @@
 """Errors of a user become one sentence and an exit code; other exceptions stay what they are."""
 
+import io
 import os
+import pickle
 import signal
+import sys
 
 import pytest
 from forked_program import forked
 
-from moco.errors import DivergedError, UserError, first_line
+from moco.errors import DivergedError, UserError, first_line, printable, run_program, say, shell_word
+from moco.progress import Progress
 
 
 def raising(error):
@@ -20,6 +24,7 @@ def raising(error):
     ("error", "code", "printed"),
     [
         (UserError("wrong; do this"), 2, "program: error: wrong; do this\n"),
+        (UserError("two\nlines\udce9; \x1b[2J"), 2, "program: error: two\\nlines\\udce9; \\x1b[2J\n"),
         (DivergedError("the loss is nan"), 3, "program: error: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
@@ -44,6 +49,66 @@ def test_a_reader_that_leaves_is_no_error():
     assert output.readline() == "first\n"
     output.close()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def test_a_message_stays_one_line_on_its_way():
+    error = pickle.loads(pickle.dumps(UserError("a\nb")))  # as from another process
+    assert str(error) == f"{UserError(str(error))}" == r"a\nb"
+    assert str(ValueError("a\nb")) == "a\nb"  # negative control
+
+
+def test_what_is_escaped_and_what_is_not():
+    assert printable("übung 日本 3.jpg") == "übung 日本 3.jpg"
+    assert printable("\t\r\n\x1b\x7f\u2028\u200f\udce9") == r"\t\r\n\x1b\x7f\u2028\u200f\udce9"
+    assert printable(printable("a\n")) == printable("a\n")
+    assert shell_word("a b") == "'a b'" and shell_word("a\n'é") == r"$'a\x0a\x27\xc3\xa9'"
+
+
+def test_a_line_of_a_run(capsys):
+    say("a\tb\nc\udce9")
+    assert capsys.readouterr().out == "a\tb\\nc\\udce9\n"
+
+
+def test_a_run_goes_on_where_nothing_can_be_printed(capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    say("lost", Full())
+    said = capsys.readouterr().err
+    assert said == "note: nothing can be printed any more (No space left on device); the run goes on\n"
+    with pytest.raises(OSError, match="No space"):  # negative control
+        print("lost", file=Full(), flush=True)
+
+
+def test_both_streams_may_be_closed():
+    def main():
+        os.close(1)
+        os.close(2)
+        for _ in range(3):
+            say("lost")
+            say("lost", sys.stderr)
+        raise UserError("wrong")
+
+    pid, output = forked(main, (1, 2))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    output.close()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_program_that_is_started_without_streams(monkeypatch, closed):
+    def main():
+        sys.stdout.write("nowhere")
+        with Progress("reading", 1):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has them after >&- 2>&-
+    monkeypatch.setattr(sys, "stderr", None)
+    if closed:
+        run_program(main)
+    else:  # negative control
+        with pytest.raises(AttributeError):
+            main()
 
 
 def test_first_line_of_an_exception():

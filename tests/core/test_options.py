@@ -15,7 +15,7 @@ from moco.errors import UserError
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHARED_DEFAULTS = (
     {"folder": None, "dataset": "imagenet100", "dataset_root": None, "image_size": 224, "workers": None}
-    | {"device_aug": None, "resize": None, "cache": None, "on_bad_image": "error"}
+    | {"device_aug": None, "resize": None, "cache": None, "gray_range": None, "on_bad_image": "error"}
     | {"arch": "resnet50", "start_epoch": 0, "batch_size": 256, "momentum": 0.9, "seed": None}
     | {"fast": False, "amp": None, "channels_last": None, "compile": None}
     | {"output_dir": ".", "resume": "", "overwrite": False, "print_freq": 10}
@@ -214,6 +214,24 @@ def test_settings_are_what_decides_the_numbers():
     )
     for flag in ("--lr 1", "-b 8", "--epochs 3", "--device-aug exact", "--method ifm", "--bn-splits 2"):
         assert settings(flag) != plain
+    assert settings("--gray-range -1024 3071 A")["gray_range"] == [-1024, 3071]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("5", "expected 2 arguments"),
+        ("5 5", "5 must be below 5"),
+        ("3071 -1024", "3071 must be below -1024"),
+        ("0 nan", "must be finite, not nan"),
+        ("-inf 0", "expected 2 arguments"),
+        ("0 black", "'black' is not a number"),
+    ],
+)
+def test_a_gray_range_is_two_numbers_in_order(words, message):
+    for parse in (options.pretraining, options.linear_evaluation):
+        with pytest.raises(UserError, match=f"argument --gray-range: {message}"):
+            parse(["--gray-range", *words.split()])
 
 
 def test_notes_say_what_to_expect():

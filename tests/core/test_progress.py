@@ -23,7 +23,7 @@ def test_progress_in_a_log_file_and_on_a_terminal():
     log, terminal = io.StringIO(), io.StringIO()
     terminal.isatty = lambda: True
     for stream in (log, terminal):
-        with Progress("reading", 3, "images", stream) as progress:
+        with Progress("reading\n", 3, "images", stream) as progress:
             progress.update(3)
-    assert re.fullmatch(r"reading: 3/3 images in 0 s\n", log.getvalue())
-    assert re.fullmatch(r"\rreading: 3/3 images in 0 s *\n", terminal.getvalue())
+    assert re.fullmatch(r"reading\\n: 3/3 images in 0 s\n", log.getvalue())
+    assert re.fullmatch(r"\rreading\\n: 3/3 images in 0 s *\n", terminal.getvalue())

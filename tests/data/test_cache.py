@@ -101,11 +101,11 @@ def test_a_file_that_changes_is_named(paths, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nobody_stays_when_making_it_is_interrupted(paths, number, monkeypatch):
     def main(report):
-        def slow_pixels(path):
+        def slow_pixels(path, gray_range):
             report.write("x\n")
             report.flush()
             time.sleep(0.02)
-            return read_pixels(path)
+            return read_pixels(path, gray_range)
 
         monkeypatch.setattr(caches, "read_pixels", slow_pixels)
         decoded_cache(paths, workers=2)

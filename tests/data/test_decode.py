@@ -47,7 +47,7 @@ def test_simplejpeg_is_used_for_jpeg_files_in_color(monkeypatch):
     assert used == [ODD["RGB"](), ODD["progressive"]()]
 
 
-def test_sixteen_bits_keep_the_high_byte(tmp_path, decoder):
+def test_sixteen_bits_keep_the_high_byte(decoder):
     """A ramp over all 65536 values stays a ramp; PIL's own conversion makes it white."""
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     gray = np.repeat((ramp // 256).astype(np.uint8)[:, :, None], 3, axis=2)
@@ -56,11 +56,6 @@ def test_sixteen_bits_keep_the_high_byte(tmp_path, decoder):
         data = encoded(image, kind)
         assert np.array_equal(decode.decode(data), gray)
         assert as_published(data).mean() > 250
-    for pixels in (ramp.astype(np.float32) / 65536, ramp.astype(np.int32)):
-        path = tmp_path / "deep.tiff"
-        path.write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
-        with pytest.raises(UserError, match=r"deep\.tiff cannot be read as an image .*32 bits a pixel"):
-            read_pixels(path)
 
 
 @pytest.mark.parametrize("name", [*DAMAGED, "missing.jpg"])

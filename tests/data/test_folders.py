@@ -1,7 +1,10 @@
 """Image folders and the order of an epoch."""
 
+import os
+
 import numpy as np
 import pytest
+import torchvision
 from made_folders import make_folders
 from PIL import Image
 
@@ -38,10 +41,127 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"has no folder train/"):
         image_folder(tmp_path, "train")
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match=r"train is not complete"):
+    with pytest.raises(UserError, match=r"train is not complete \(no folder in it\)"):
         image_folder(tmp_path, "train")
-    (tmp_path / "train" / "ant").mkdir()
-    with pytest.raises(UserError, match=r"train is not complete \(.*ant"):
+    (tmp_path / "train" / "a.png").touch()
+    with pytest.raises(
+        UserError, match=r"\(no folder in it; images outside of class folders: 1\): .* train/all/"
+    ):
+        image_folder(tmp_path, "train")
+    for name in ("ant", "bee"):
+        (tmp_path / "train" / name).mkdir()
+    (tmp_path / "train" / "bee" / "0.PNG").touch()
+    (tmp_path / "train" / "ant" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"\(no image in 1 of its 2 class folders, such as ant/; images"):
+        image_folder(tmp_path, "train")
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def as_torchvision(path):
+    published = torchvision.datasets.ImageFolder(str(path))
+    return published.samples, published.targets, published.classes, published.class_to_idx
+
+
+def listed(folder):
+    images = image_folder(folder, "train")
+    return images.samples, images.targets, images.classes, images.class_to_idx
+
+
+def test_images_classes_and_numbers_are_torchvisions(tmp_path):
+    train, pool = tmp_path / "train", tmp_path / "pool"
+    names = ("b/2.jpg", "b/10.JPEG", "b/sub/x.png", "b/sub-2/x.png", "b/sub/z/x.tiff", "b/notes.txt")
+    touch(*(train / name for name in (*names, "B/a.webp", "10/a.bmp", "2/a.pgm", "\u00e9/a.ppm")))
+    touch(pool / "one.jpg", pool / "deep" / "two.jpg", tmp_path / "alone.png")
+    with open(os.fsencode(train) + b"/b/caf\xe9.jpg", "wb"):
+        pass
+    (train / "pooled").symlink_to(pool)  # a class that is a link
+    (train / "b" / "again").symlink_to(pool)  # the same images under another name
+    (train / "b" / "link.png").symlink_to(tmp_path / "alone.png")
+    (train / "b" / "nowhere.png").symlink_to("gone")
+    (train / "b" / "itself.png").symlink_to("itself.png")
+    assert listed(tmp_path) == as_torchvision(train)
+    assert len(image_folder(tmp_path, "train")) == 17 and image_folder(tmp_path, "train").left_out == ""
+
+
+def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
+    train = tmp_path / "train"
+    touch(train / "ant" / "0.jpg", train / "bee" / "0.jpg", train / "bee" / "sub" / "1.jpg")
+    before = listed(tmp_path)
+    hidden = ("ant/._0.jpg", "bee/sub/.1.jpg", ".2.jpg")
+    folders = ("ant/.ipynb_checkpoints", ".ipynb_checkpoints", "__MACOSX", "bee/@eaDir", "lost+found")
+    touch(*(train / name for name in (*hidden, "ant/.DS_Store", *(f"{name}/0.jpg" for name in folders))))
+    assert listed(tmp_path) == before != as_torchvision(train)
+    left_out = image_folder(tmp_path, "train").left_out
+    assert left_out == f"left out in {train}: hidden files 3, hidden folders 5"
+    touch(train / "3.jpg", train / "4.jpg")
+    assert listed(tmp_path) == before
+    assert image_folder(tmp_path, "train").left_out.endswith(", images outside of class folders 2")
+
+
+def test_a_data_set_in_a_hidden_folder_is_listed(tmp_path):
+    touch(tmp_path / ".cache" / "train" / ".." / "train" / "ant" / "0.jpg")
+    assert len(image_folder(tmp_path / ".cache", "train")) == 1
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("ant/loop", "."),
+        ("ant/sub/loop", ".."),
+        ("ant/sub/loop", "../../../.."),
+        ("ant/up", ".."),
+        ("again", "."),
+        ("again", ".."),
+    ],
+)
+def test_a_link_to_a_folder_above_it_adds_no_image(tmp_path, link, target, monkeypatch):
+    train = tmp_path / "data" / "train"
+    touch(train / "ant" / "0.jpg", train / "ant" / "sub" / "1.jpg", train / "bee" / "2.jpg")
+    before = listed(train.parent)
+    (train / link).symlink_to(target)
+    for folder in (train.parent, train.parent.relative_to(tmp_path)):  # also by a relative path
+        monkeypatch.chdir(tmp_path)
+        images = image_folder(folder, "train")
+        assert [os.path.abspath(path) for path, _ in images.samples] == [path for path, _ in before[0]]
+        assert images.left_out.endswith("train: links to a folder above them 1")
+    if link.startswith("ant") and target in (".", ".."):  # negative control
+        assert len(as_torchvision(train)[0]) > 40
+    (tmp_path / "other").symlink_to(train.parent)
+    assert len(image_folder(tmp_path / "other", "train")) == 3  # by another name of the data set
+
+
+def test_links_that_lead_to_each_other_end(tmp_path):
+    train = tmp_path / "train"
+    touch(train / "ant" / "one" / "0.jpg", train / "ant" / "two" / "1.jpg")
+    (train / "ant" / "one" / "there").symlink_to("../two")
+    (train / "ant" / "two" / "back").symlink_to("../one")
+    names = [os.path.relpath(path, train / "ant") for path, _ in image_folder(tmp_path, "train").samples]
+    assert names == ["one/0.jpg", "one/there/1.jpg", "two/1.jpg", "two/back/0.jpg"]
+
+
+def test_the_only_class_may_be_a_link_to_the_images_beside_it(tmp_path):
+    touch(tmp_path / "train" / "0.jpg", tmp_path / "train" / "1.jpg")
+    (tmp_path / "train" / "all").symlink_to(".")
+    images = image_folder(tmp_path, "train")
+    assert images.classes == ["all"] and [path[-5:] for path, _ in images.samples] == ["0.jpg", "1.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    touch(tmp_path / "train" / "ant" / "0.jpg", tmp_path / "train" / "ant" / "sub" / "1.jpg")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may list everything
+    with pytest.raises(UserError, match=r"train/ant/sub cannot be listed \(Permission denied\); allow"):
         image_folder(tmp_path, "train")
 
 
@@ -71,18 +191,16 @@ def test_processes_share_the_same_global_batches():
     alone = EpochBatches(103, 12, seed=5)
     shared = [EpochBatches(103, 12, 5, rank, 3).indices(2) for rank in range(3)]
     assert np.array_equal(np.concatenate(shared, axis=1), alone.indices(2))
-    assert alone.indices(2).shape == (len(alone), 12) == (8, 12)
-    assert len(set(alone.indices(2).ravel())) == 96
+    assert np.shape(alone.indices(2)) == (len(alone), 12) == (8, 12)
+    assert len(set(np.concatenate(alone.indices(2)))) == 96
     assert not np.array_equal(alone.indices(3), alone.indices(2))
     assert not np.array_equal(EpochBatches(103, 12, seed=6).indices(2), alone.indices(2))
 
 
 def test_recorded_order():
     """A run that continues under another version must go on with the same order."""
-    assert EpochBatches(20, 8, seed=5, rank=1, world_size=2).indices(1).tolist() == [
-        [0, 8, 1, 12],
-        [19, 18, 11, 16],
-    ]
+    recorded = [[0, 8, 1, 12], [19, 18, 11, 16]]
+    assert np.array_equal(EpochBatches(20, 8, seed=5, rank=1, world_size=2).indices(1), recorded)
 
 
 def test_names_that_other_code_imports():

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from made_folders import make_folders
 from made_views import RECIPES, photograph, published
 from odd_images import DAMAGED, ODD, encoded
@@ -112,6 +113,59 @@ def test_validation_counts_every_image_once(folders, world_size, workers):
         loader.close()
     assert sorted(seen) == list(range(9)) and len(set(seen.values())) == 9
     assert [seen[index][0] for index in range(9)] == images.targets
+
+
+# The last step of an epoch, for which too few images are left.
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "last"),
+    [(1, 6, [3]), (2, 4, [3, 2]), (2, 5, [1, 0]), (3, 3, [1, 1, 1]), (4, 5, [1, 0, 0, 0])],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_the_images_of_the_last_step(tmp_path, world_size, batch_size, last, workers):
+    make_folders(tmp_path, train=7)  # 21 images
+    settings = {"batch_size": batch_size, "world_size": world_size, "workers": workers}
+    shared = [batches_of(tmp_path, rank=rank, drop_last=False, **settings) for rank in range(world_size)]
+    assert [[len(indices) for *_, indices in of_rank] for of_rank in shared] == [
+        [batch_size] * (21 // (batch_size * world_size)) + [size] for size in last
+    ]
+    whole = batches_of(tmp_path, batch_size=batch_size * world_size, drop_last=False)
+    for together, *parts in zip(whole, *shared, strict=True):
+        assert all(torch.equal(part, torch.cat(both)) for part, *both in zip(together, *parts, strict=True))
+    assert sorted(torch.cat([indices for *_, indices in whole]).tolist()) == list(range(21))
+    dropped = batches_of(tmp_path, batch_size=batch_size * world_size)  # negative control
+    assert equal(whole[:-1], dropped) and sum(len(indices) for *_, indices in dropped) == 21 - sum(last)
+
+
+def test_of_images_that_fill_all_steps_none_is_left_to_drop(folders):
+    assert equal(batches_of(folders, drop_last=False), batches_of(folders))
+
+
+def test_fewer_images_than_a_step_takes_make_one_unless_they_are_dropped(folders):
+    [(*_, indices)] = batches_of(folders, batch_size=100, drop_last=False, workers=2)
+    assert sorted(indices.tolist()) == list(range(24))
+    with pytest.raises(UserError, match="has 24 images, fewer than a step's 100; lower -b"):
+        train_loader(folders, batch_size=100)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_on_cuda_the_last_batch_has_the_shape_of_the_others(folders, workers):
+    def sizes(**settings):
+        loader = train_loader(folders, batch_size=5, rank=1, world_size=2, workers=workers, **settings)
+        found = [
+            [*map(len, (batch.pixels[0], batch.records[0], batch.targets, batch.indices))]
+            for epoch in range(2)
+            for batch in loader.epoch(epoch)
+        ]
+        loader.close()
+        return found
+
+    with fake_cuda() as gpu:
+        assert sizes(drop_last=False, device="cuda") == [[5] * 4, [5] * 4, [5, 5, 2, 2]] * 2
+        assert sizes(device="cuda") == [[5] * 4] * 4
+    assert gpu.refused == gpu.overwritten == []
+    assert sizes(drop_last=False) == [[5] * 4, [5] * 4, [2] * 4] * 2
 
 
 def test_processes_share_the_batch():

@@ -51,6 +51,7 @@ def test_the_backbone_of_a_checkpoint_is_its_query_encoder(folders, tmp_path):
     torch.save({"epoch": 3, "arch": ARCH, "state_dict": state}, tmp_path / "c.pth.tar")
     network, checkpoint = backbone_of(tmp_path / "c.pth.tar")
     assert checkpoint["arch"] == ARCH and checkpoint["epoch"] == 3 and not network.training
+    assert checkpoint["taken"].startswith("the tensors under encoder_q. of the file's state_dict, ")
 
     images = image_folder(folders, "val")
     loader = ValidationLoader(images, size=32, batch_size=4)
@@ -65,5 +66,12 @@ def test_the_backbone_of_a_checkpoint_is_its_query_encoder(folders, tmp_path):
 
     with pytest.raises(UserError, match="resnet18"):
         backbone_of(tmp_path / "c.pth.tar", "resnet18")
+    others = {"student": model.encoder_k.state_dict(), "teacher": encoder.state_dict(), "arch": 5}
+    torch.save(others, tmp_path / "others.pth")
+    network, checkpoint = backbone_of(tmp_path / "others.pth", ARCH)
+    assert checkpoint["taken"] == "the tensors of the file's teacher"
+    assert torch.equal(features_of(network, loader, "cpu")[0], features)
+    with pytest.raises(UserError, match="does not fit resnet50, .* its student has conv1.0.weight, .*--arch"):
+        backbone_of(tmp_path / "others.pth")
     with pytest.raises(UserError, match="nowhere"):
         backbone_of(tmp_path / "nowhere")

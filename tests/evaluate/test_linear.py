@@ -4,18 +4,22 @@ import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from command_lines import losses_of
-from linear_runs import WORDS, load, run, same
+from fake_cuda import fake_cuda
+from linear_runs import WORDS, evaluated, load, run, same
+from made_folders import make_folders
 from tiny import TinyEncoder
 from torch import nn
 
 import main_lincls
 from moco import trifeature
+from moco.data import loader as loader_module
 from moco.data.augment import linear_train
 from moco.data.device import normalize
 from moco.data.folders import labeled_folders
@@ -29,13 +33,14 @@ LRS = ["1", "3", "10", "30"]
 LAST_LAYER = ("module.fc.weight", "module.fc.bias")
 
 
-def literal(rank, world, folder, lr):
-    """The published protocol with one classifier, as upstream writes it: last layer and momentum."""
+def literal(rank, world, folder, lr, **loading):
+    """The published protocol with one classifier, as upstream writes it: last layer, momentum, and the mean
+    loss of the last epoch.
+    """
     who = Rank(rank, world, rank, world, world, torch.device("cpu"))
     images, _, _ = labeled_folders(folder)
-    loader = TrainLoader(
-        images, linear_train(), size=16, batch_size=8 // world, seed=3, rank=rank, world_size=world, views=1
-    )
+    loading = {"batch_size": 8 // world, "rank": rank, "world_size": world} | loading
+    loader = TrainLoader(images, linear_train(), size=16, seed=3, views=1, **loading)
     torch.manual_seed(3)
     model = TinyEncoder(num_classes=3)
     for name, parameter in model.named_parameters():
@@ -46,33 +51,139 @@ def literal(rank, world, folder, lr):
     sgd = torch.optim.SGD(model.fc.parameters(), lr, momentum=0.9, weight_decay=0.01, fused=True)
     for epoch in range(3):
         sgd.param_groups[0]["lr"] = lr * 0.1 if epoch == 1 else lr * 0.1 * 0.1 if epoch == 2 else lr
+        total = 0.0
         for batch in loader.epoch(epoch):
             output = ddp(normalize(batch.pixels[0]))
             sgd.zero_grad()
-            F.cross_entropy(output, batch.targets).backward()
+            loss = F.cross_entropy(output, batch.targets)
+            loss.backward()
             sgd.step()
+            total += loss.item() * len(output)
     momentum = [sgd.state[parameter]["momentum_buffer"].numpy() for parameter in model.fc.parameters()]
-    return [tensor.numpy() for tensor in model.state_dict().values()], momentum
+    return [tensor.numpy() for tensor in model.state_dict().values()], momentum, total / len(images)
+
+
+def is_checkpoint_of(found, expected):
+    """Whether a checkpoint has the weights and the momentum that `literal` gave, to the bit."""
+    momentum = [state["momentum_buffer"] for state in found["optimizer"]["state"].values()]
+    pairs = zip((*found["state_dict"].values(), *momentum), (*expected[0], *expected[1]), strict=True)
+    return all(np.array_equal(one.numpy(), other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_one_value_is_the_published_protocol_to_the_bit(run_ranks, folders, tmp_path, world):
     assert run(run_ranks, world, folders, tmp_path, "--lr", "2")[0] == [0] * world
     ours = load(tmp_path)
-    found = (
-        list(ours["state_dict"].values()),
-        [s["momentum_buffer"] for s in ours["optimizer"]["state"].values()],
-    )
-
-    def equal(expected):
-        pairs = zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True)
-        return all(np.array_equal(one.numpy(), other) for one, other in pairs)
-
-    assert equal(run_ranks(world, literal, folders, 2.0)[0])
-    assert not equal(run_ranks(world, literal, folders, 2.0001)[0])  # negative control
+    assert is_checkpoint_of(ours, run_ranks(world, literal, folders, 2.0)[0])
+    assert not is_checkpoint_of(ours, run_ranks(world, literal, folders, 2.0001)[0])  # negative control
     assert {"epoch", "arch", "best_acc1", "seed"} < ours.keys() and ours["epoch"] == 3
     assert list(ours["state_dict"])[-2:] == list(LAST_LAYER)
     assert ours["optimizer"]["param_groups"][0]["params"] == [0, 1]
+
+
+def test_classes_have_the_numbers_of_train(tmp_path, cli):
+    make_folders(tmp_path)
+    words = [*WORDS, tmp_path, "--output-dir", tmp_path, "--epochs", "1", "--schedule", "--lr", "1"]
+    shutil.rmtree(tmp_path / "val" / "ant")
+    assert cli(main_lincls.main, *words)[0] == 0
+    report = json.loads((tmp_path / "linear.json").read_text())
+    assert report["classes"] == ["ant", "bee", "cat"]
+    assert {true for true, _, _ in report["confusion"]} == {1, 2}
+    shutil.copytree(tmp_path / "val" / "bee", tmp_path / "val" / "dog")
+    code, output, errors = cli(main_lincls.main, *words, "--overwrite")
+    assert code == 2 and f"class dog is in {tmp_path / 'val'} but not in train/" in errors
+    assert "Epoch" not in output
+
+
+# Images that do not fill a batch.
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A data set of 21 training images."""
+    root = tmp_path_factory.mktemp("uneven")
+    make_folders(root, train=7)
+    return root
+
+
+def mean_losses(out):
+    [head] = json.loads((out / "linear.json").read_text())["heads"]
+    return [entry["loss"] for entry in head["epochs"]]
+
+
+@pytest.mark.parametrize(("size", "steps"), [(8, 3), (10, 3), (256, 1)])
+def test_every_image_is_trained_on_as_the_published_protocol_does(run_ranks, uneven, tmp_path, size, steps):
+    codes, output = run(run_ranks, 1, uneven, tmp_path, "--lr", "2", "-b", size)
+    assert codes == [0] and output.count("Epoch: [2]") == steps and f"Epoch: [2][0/{steps}]" in output
+    expected = literal(0, 1, uneven, 2.0, batch_size=size, drop_last=False)
+    assert is_checkpoint_of(load(tmp_path), expected)
+    assert mean_losses(tmp_path)[-1] == pytest.approx(expected[2], rel=1e-6)
+    if size < 21:  # negative control
+        assert not is_checkpoint_of(load(tmp_path), literal(0, 1, uneven, 2.0, batch_size=size))
+
+
+@pytest.mark.parametrize(("world", "size"), [(2, 8), (2, 10), (4, 12), (4, 20), (2, 256)])
+def test_processes_find_what_one_process_finds(run_ranks, uneven, tmp_path, monkeypatch, world, size):
+    """The last step has 5 images in 3 and 2; 1 in 1 and 0; 9 in 3, 2, 2 and 2; 1 in 1, 0, 0 and 0; or all."""
+
+    def found(world, name):
+        codes, _ = run(run_ranks, world, uneven, tmp_path / name, "--lr", "2", "-b", size)
+        assert codes == [0] * world
+        return last_layer(load(tmp_path / name)), mean_losses(tmp_path / name)
+
+    alone, shared = found(1, "alone"), found(world, "shared")
+    assert torch.allclose(shared[0], alone[0], rtol=1e-4, atol=1e-5)
+    assert shared[1] == pytest.approx(alone[1], rel=1e-4)
+    # negative control: the mean over ranks of the means of their images
+    monkeypatch.setattr(TrainLoader, "images_in", lambda self, step: self.global_batch)
+    assert not torch.allclose(found(world, "unweighted")[0], alone[0], rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_without_any_image(run_ranks, tmp_path):
+    make_folders(tmp_path / "few", ("ant", "bee"), train=1, val=1)
+    words = [tmp_path / "few", "--output-dir", tmp_path, "--lr", "2", "-b", "4"]
+    assert [code for code, _ in run_ranks(4, evaluated, [*WORDS, *words])] == [0] * 4
+    report = json.loads((tmp_path / "linear.json").read_text())
+    assert sum(count for *_, count in report["confusion"]) == 2
+    last = json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] == mean_losses(tmp_path)[-1] > 0
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_on_cuda_nothing_is_compiled_again_for_the_last_step(cli, uneven, tmp_path, monkeypatch, pads):
+    real, shapes = loader_module.RingLoader, {"augmentation": set(), "encoder": set()}
+
+    def without(*arguments, pad=False):
+        return real(*arguments)
+
+    def recording(function, **_):
+        def compiled(recipe, normalized, hues_below, pixels, parameters):
+            shapes["augmentation"].add(pixels.shape)
+            return function(recipe, normalized, hues_below, pixels, parameters)
+
+        return compiled
+
+    def features_of(backbone, images, args, real=main_lincls.features_of):
+        shapes["encoder"].add(images.shape)
+        return real(backbone, images, args)
+
+    words = [*WORDS, uneven, "--lr", "2", "-b", "9", "-p", "9"]  # 21 and 9 images
+    with fake_cuda() as gpu:
+        monkeypatch.setattr(torch, "compile", recording)
+        monkeypatch.setattr(main_lincls, "features_of", features_of)
+        if not pads:  # negative control
+            monkeypatch.setattr(loader_module, "RingLoader", without)
+        code, output, errors = cli(main_lincls.main, *words, "--output-dir", tmp_path / "gpu")
+        monkeypatch.undo()
+    assert code == 0 and gpu.refused == gpu.overwritten == [], errors
+    assert [len(of_part) for of_part in shapes.values()] == ([1, 1] if pads else [2, 2])
+    waits = {event.function for event in gpu.waits if event.file in ("main_lincls.py", "moco/data/ring.py")}
+    assert waits == {"evaluate", "_tasks", "_unpin"}  # at the start, before a slot is used again, at the end
+
+    exact = ["--device-aug", "exact"]
+    code, _, errors = cli(main_lincls.main, *words, *exact, "--output-dir", tmp_path / "cpu")
+    assert code == 0, errors
+    assert torch.allclose(last_layer(load(tmp_path / "gpu")), last_layer(load(tmp_path / "cpu")), rtol=1e-5)
 
 
 def last_layer(checkpoint, head=None):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_lines import SMALL
 from forked_program import forked
-from linear_runs import WORDS, load, run, same
+from linear_runs import WORDS, evaluated, load, run, same
 from made_folders import make_folders
 from tiny import TinyEncoder
 
@@ -83,6 +83,19 @@ def test_a_signal_stops_it_and_it_continues_exactly(
     assert codes == [0] * world and printed(output) == [3 * (epoch >= finished) for epoch in range(3)]
     assert equal(tmp_path, whole(run_ranks, world))
     assert not (tmp_path / "checkpoint_previous.pth.tar").exists()
+
+
+# An epoch has 3 training steps, the last with an image for rank 0 and none for rank 1, and 1 of validation.
+@pytest.mark.parametrize(("call", "steps"), [(3, [3, 0, 0]), (6, [3, 2, 0])])
+def test_so_it_does_when_a_rank_has_no_image_in_the_last_step(run_ranks, tmp_path, call, steps):
+    make_folders(tmp_path / "data", train=7)
+    words, whole, parts = [*LRS, "-b", "10"], tmp_path / "whole", tmp_path / "parts"
+    assert run(run_ranks, 2, tmp_path / "data", whole, *words)[0] == [0, 0]
+    codes, output = run(run_ranks, 2, tmp_path / "data", parts, *words, stop=(1, call))
+    assert codes == [EXIT_CODE] * 2 and printed(output) == steps
+    assert not same(load(parts), load(whole))  # negative control
+    assert run(run_ranks, 2, tmp_path / "data", parts, *words, "--resume", "auto")[0] == [0, 0]
+    assert equal(parts, whole)
 
 
 def test_another_value_leaves_other_files(run_ranks, folders, tmp_path, whole):
@@ -184,16 +197,14 @@ def test_what_cannot_continue_says_why_and_the_rest_is_noted(folders, stopped, t
         assert code == 2 and f"is of --lr 1 3, not {' '.join(lrs)}: continue with the same" in errors
         assert errors.count("\n") == 1 and "Epoch" not in output
     make_folders(tmp_path / "other", ("ape", "bee", "cat"))
-    for more in ([], ["-e"]):
-        code, _, errors = cli(main_lincls.main, *words, *LRS, tmp_path / "other", *more)
-        assert (
-            code == 2 and "3 classes, the data set has 3 others (first difference: ant there, ape" in errors
-        )
+    code, _, errors = cli(main_lincls.main, *words, *LRS, tmp_path / "other")
+    assert code == 2 and "3 classes, the data set has 3 others (first difference: ant there, ape" in errors
     torch.save({**load(stopped), "step": 2}, tmp_path / "within")  # as earlier versions wrote
     more = ["--output-dir", tmp_path / "out", "--resume", tmp_path / "within"]
     code, _, errors = cli(main_lincls.main, *words, *more, *LRS, folders)
     assert code == 2 and "saved within an epoch" in errors and "checkpoint_previous.pth.tar" in errors
-    for name, value in (("heads", [1, 2]), ("heads", "x"), ("confusion", 3), ("optimizer", {})):
+    odd = [("heads", [1, 2]), ("heads", "x"), ("confusion", 3), ("optimizer", {}), ("classes", 3)]
+    for name, value in odd:
         entries = {**load(stopped), name: value}
         torch.save(entries, tmp_path / "odd")
         more = ["--output-dir", tmp_path / "out", "--resume", tmp_path / "odd", "--overwrite"]
@@ -261,6 +272,97 @@ def test_a_validation_alone_and_upstreams_file(run_ranks, folders, tmp_path, who
     assert load(tmp_path)["best_acc1"] >= kept["best_acc1"]
     code, _, errors = cli(main_lincls.main, *words, "1", "3")
     assert code == 2 and "is of --lr one unknown value, not 1 3" in errors
+
+
+# Validation alone: only val/ is needed.
+
+
+def classifier_of(folder, answer, classes, outputs):
+    """The words to validate a classifier that gives every image the class number `answer`.
+
+    classes: the names in its file, or None.
+    """
+    network = TinyEncoder(outputs)
+    network.fc.weight.data.zero_()
+    network.fc.bias.data.zero_()[answer] = 1
+    path = folder / f"{answer} {classes}.pth.tar"
+    names = {} if classes is None else {"classes": classes}
+    torch.save({"epoch": 1, "arch": "tiny", "state_dict": network.state_dict(), **names}, path)
+    return [*WORDS, "-e", "--resume", path, "--output-dir", folder / "out"]
+
+
+def validated(cli, words, *more):
+    """The top-1 accuracy in percent, or the line of an error."""
+    code, output, errors = cli(main_lincls.main, *words, *more)
+    if code:
+        assert code == 2 and errors.count("\n") == 1
+        return errors
+    return float(re.search(r"^ \* Acc@1 (\S+)", output, re.M)[1])
+
+
+THREE = ["ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize("more", [[], ["--cache", "decoded"], ["-j", "1"]])
+@pytest.mark.parametrize("splits", [["val"], ["train", "val"]])
+def test_a_class_missing_in_val_leaves_the_others_their_numbers(tmp_path, cli, splits, more):
+    make_folders(tmp_path / "data", THREE)
+    shutil.rmtree(tmp_path / "data" / "val" / "ant")
+    if "train" not in splits:
+        shutil.rmtree(tmp_path / "data" / "train")
+    words = [tmp_path / "data", *more]
+    answers = [classifier_of(tmp_path, answer, THREE, 3) for answer in range(3)]
+    assert [validated(cli, one, *words) for one in answers] == [0, 50, 50]
+    of_upstream = [classifier_of(tmp_path, answer, None, 3) for answer in range(3)]
+    if "train" in splits:
+        assert [validated(cli, one, *words) for one in of_upstream] == [0, 50, 50]
+    else:
+        sentence = (
+            f"does not name its 3 classes, and {tmp_path}/data/val has 2: add train/, whose folders say"
+        )
+        assert sentence in validated(cli, of_upstream[0], *words)
+        made = classifier_of(tmp_path, 1, None, 2)  # as many classes as folders
+        assert validated(cli, made, *words) == 50
+
+
+def test_a_class_in_val_that_the_classifier_lacks_is_refused(tmp_path, cli):
+    make_folders(tmp_path / "data", ("ape", "bee", "cat"))
+    of_others = f"class ape is in {tmp_path}/data/val but not one of the 3 of "
+    assert of_others in validated(cli, classifier_of(tmp_path, 0, THREE, 3), tmp_path / "data")
+    assert "has 4 classes, the data set has 3 others" in validated(
+        cli, classifier_of(tmp_path, 0, None, 4), tmp_path / "data"
+    )
+    shutil.rmtree(tmp_path / "data" / "train" / "ape")
+    assert f"class ape is in {tmp_path}/data/val but not in train/" in validated(
+        cli, classifier_of(tmp_path, 0, None, 3), tmp_path / "data"
+    )
+    assert "entry classes is no list of names" in validated(
+        cli, classifier_of(tmp_path, 0, 3, 3), tmp_path / "data"
+    )
+    shutil.rmtree(tmp_path / "data" / "val")
+    assert "has no folder val/" in validated(cli, classifier_of(tmp_path, 0, THREE, 3), tmp_path / "data")
+
+
+def test_a_factor_of_trifeature_needs_only_val(tmp_path, cli):
+    make_folders(tmp_path / "data", ["triangle_solid_red", "square_solid_blue"])
+    shutil.rmtree(tmp_path / "data" / "train")
+    colors = list(FACTORS["color"])
+    for answer in ("red", "green"):
+        words = classifier_of(tmp_path, colors.index(answer), colors, 10)
+        assert validated(cli, words, tmp_path / "data", "--target", "color") == 50 * (answer == "red")
+    assert "10 classes, the data set has 10 others (first difference: " in validated(
+        cli, words, tmp_path / "data", "--target", "shape"
+    )
+    assert "give the folder and --target of that run" in validated(cli, words, tmp_path / "data")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_more_ranks_than_images_to_validate(run_ranks, tmp_path, world):
+    make_folders(tmp_path / "data", ("bee", "cat"), val=1)
+    shutil.rmtree(tmp_path / "data" / "train")
+    words = [*classifier_of(tmp_path, 2, THREE, 3), tmp_path / "data", "-b", world]
+    for code, output in run_ranks(world, evaluated, words):
+        assert code == 0 and (" * Acc@1 50.000" in output or not output)
 
 
 def test_pretrained_gives_the_features_and_not_the_head(folders, tmp_path, cli):

@@ -1,6 +1,8 @@
-"""Image files that are unusual (ODD) or cannot be read (DAMAGED): functions that make their bytes."""
+"""Image files that are unusual (ODD), damaged (DAMAGED) or medical (CT): functions that make their bytes."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -71,4 +73,57 @@ DAMAGED = {
     "empty.jpg": lambda: b"",
     "bomb.png": lambda: encoded(Image.new("1", (20000, 20000)), "PNG"),  # 50 KB, 400 million pixels
     "bomb.jpg": lambda: sized(encoded(photograph()), 60000, 60000),
+}
+
+
+def tiff(values, photometric=1, endian="<", deflated=False, bits=None, extra=()):
+    """The bytes of a TIFF that holds the array `values` (H, W) or (H, W, channels) in its own type.
+
+    bits: 12 packs two values into three bytes; extra: TIFF's ExtraSamples, for channels after the colors.
+    """
+    height, width, channels = (*values.shape, 1)[:3]
+    data = np.ascontiguousarray(values.astype(values.dtype.newbyteorder(endian))).tobytes()
+    if bits == 12:
+        first, second = values.reshape(-1, 2).T.astype(np.int32)
+        packed = [first >> 4, (first & 15) << 4 | second >> 8, second & 255]
+        data = np.stack(packed, axis=1).astype(np.uint8).tobytes()
+    data = zlib.compress(data) if deflated else data
+    sample_format = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    tags = {256: [width], 257: [height], 258: [bits or 8 * values.itemsize] * channels}
+    tags |= {259: [8 if deflated else 1], 262: [photometric], 273: [8], 277: [channels], 278: [height]}
+    tags |= {279: [len(data)], 338: list(extra), 339: [sample_format] * channels}
+    tags = {tag: numbers for tag, numbers in tags.items() if numbers}
+    directory = 8 + len(data) + len(data) % 2
+    behind = directory + 6 + 12 * len(tags)  # where more numbers go than fit into a tag's 4 bytes
+    entries, numbers_behind = struct.pack(endian + "H", len(tags)), b""
+    for tag, numbers in tags.items():
+        packed = struct.pack(f"{endian}{len(numbers)}I", *numbers)
+        entries += struct.pack(endian + "HHI", tag, 4, len(numbers))
+        if len(packed) > 4:
+            entries += struct.pack(endian + "I", behind + len(numbers_behind))
+            numbers_behind += packed
+        else:
+            entries += packed
+    head = {"<": b"II*\0", ">": b"MM\0*"}[endian] + struct.pack(endian + "I", directory)
+    return head + data.ljust(directory - 8, b"\0") + entries + bytes(4) + numbers_behind
+
+
+def ct(kind, seed=0):
+    """An array (48, 64) like a CT slice: air, a body, bone. kind: "12-bit", "Hounsfield" or "float"."""
+    rng = np.random.default_rng(seed)
+    hounsfield = rng.normal(-950, 20, (48, 64))
+    hounsfield[10:40, 8:56] = rng.normal(40, 25, (30, 48))
+    hounsfield[20:26, 28:36] = rng.normal(1200, 150, (6, 8))
+    hounsfield[0, :2] = -1024, 3071
+    hounsfield = hounsfield.round().clip(-1024, 3071)
+    if kind == "12-bit":
+        return (hounsfield + 1024).astype(np.uint16)
+    return hounsfield.astype(np.int16) if kind == "Hounsfield" else (hounsfield / 1000).astype(np.float32)
+
+
+CT = {  # of a file's name: its bytes by seed, and the range that fits
+    "12-bit.png": (lambda seed=0: encoded(Image.fromarray(ct("12-bit", seed)), "PNG"), (0, 4095)),
+    "12-bit.tif": (lambda seed=0: tiff(ct("12-bit", seed)), (0, 4095)),
+    "hounsfield.tif": (lambda seed=0: tiff(ct("Hounsfield", seed)), (-1024, 3071)),
+    "float.tif": (lambda seed=0: tiff(ct("float", seed)), (-1.024, 3.071)),
 }

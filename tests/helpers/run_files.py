@@ -6,10 +6,12 @@ import zipfile
 
 import torch
 
+from moco.files import LOCK
+
 
 def checkpoints(folder):
-    """The names of the files of a run, without its log."""
-    return sorted(set(os.listdir(folder)) - {"log.jsonl"})
+    """The names of the files of a run, without its log, and its lock, which one that is killed leaves."""
+    return sorted(set(os.listdir(folder)) - {"log.jsonl", LOCK})
 
 
 def content(folder, name="checkpoint_0001.pth.tar"):

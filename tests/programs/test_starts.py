@@ -1,5 +1,7 @@
 """Every way to start a run of several processes, and the starts that are refused."""
 
+import errno
+import fcntl
 import os
 import re
 import socket
@@ -98,7 +100,13 @@ def test_a_start_that_contradicts_itself_is_refused(words, message, folders, tmp
     assert re.search(message, errors), errors
 
 
-def test_a_folder_belongs_to_one_run_at_a_time(folders, tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_folder_belongs_to_one_run_at_a_time(folders, tmp_path, monkeypatch, locks):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", flock)
     words = [*TINY, "-j", "0", "--output-dir", tmp_path, folders]
     with Forked(*words, "--epochs", "100000", "--keep", "100000") as program:
         program.wait_for("epoch 1")

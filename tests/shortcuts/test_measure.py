@@ -108,7 +108,7 @@ def test_the_encoder_is_what_a_run_starts_from_or_that_of_a_checkpoint(folders, 
     assert start["readout"]["class"]["chance"] == pytest.approx(100 / 3)
     assert start["versions"]["torch"] == torch.__version__
     networks = [measure.untrained_encoder(ARCH, 128, seed=5, random_bits=2) for _ in range(2)]
-    measure.load_encoder(networks[1], tmp_path / "6.pth.tar")  # negative control
+    measure.load_encoder(networks[1], tmp_path / "6.pth.tar", ARCH)  # negative control
     assert not torch.equal(*(network.conv1[0].weight for network in networks))
 
 
@@ -117,7 +117,7 @@ def test_wrong_use_is_a_sentence(folders, tmp_path, cli):
     for words, message in (
         (
             [*FLAGS, "--pretrained", tmp_path / "bare.pth.tar"],
-            "bare.pth.tar does not fit this model (missing:",
+            f"bare.pth.tar does not fit {ARCH}, of whose backbone it holds no tensor",
         ),
         ([*FLAGS, "--random-bits", "64"], "--random-bits"),
         (FLAGS[:2], "--seed"),

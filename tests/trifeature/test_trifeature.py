@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from command_lines import ROOT
+from forked_program import forked
 from PIL import Image
 
 from moco import trifeature
@@ -167,6 +168,39 @@ def test_two_that_ensure_at_once_get_one_complete_set(first, tmp_path, monkeypat
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         trifeature.ensure(tmp_path / "file" / "set", 32, 1)
+
+
+def test_a_process_waits_for_another_that_draws(first, tmp_path, monkeypatch):
+    draw, begun = trifeature._draw, tmp_path / "begun"
+
+    def draw_late(*words):
+        with open(begun, "a") as file:
+            file.write("drawn\n")
+        time.sleep(0.3)
+        draw(*words)
+
+    monkeypatch.setattr(trifeature, "_draw", draw_late)
+    out = tmp_path / "data" / "set"
+    running = [forked(lambda: print(trifeature.ensure(out, 32, 1, 3)), (1,)) for _ in range(3)]
+    assert sorted(output.read() for _, output in running) == ["False\n", "False\n", "True\n"]
+    for pid, _ in running:
+        os.waitpid(pid, 0)
+    assert begun.read_text() == "drawn\n" and os.listdir(out.parent) == ["set"]
+    assert {name: data for name, data in contents(out).items() if name.endswith(".png")} == first
+
+
+def test_a_second_that_draws_the_same_folder_is_refused(first, tmp_path, monkeypatch):
+    draw, out = trifeature._draw, tmp_path / "set"
+
+    def draw_beside(*words):  # while the first draws
+        pid, output = forked(lambda: trifeature.generate(out, 32, 1, 4, force=True), (1, 2))
+        assert f"error: process {os.getpid()} is making {out} (" in output.read()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+        draw(*words)
+
+    monkeypatch.setattr(trifeature, "_draw", draw_beside)
+    assert trifeature.generate(out, 32, 1, 3) and os.listdir(tmp_path) == ["set"]
+    assert {name: data for name, data in contents(out).items() if name.endswith(".png")} == first
 
 
 def test_held_out_combinations_are_balanced():

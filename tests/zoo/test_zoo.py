@@ -83,6 +83,16 @@ def test_load_gives_the_backbone_that_was_trained(version, released, web):
         assert not torch.equal(model(images), features)
 
 
+def test_load_takes_a_file_of_another_program_and_says_what_fits(released, tmp_path):
+    state = {f"backbone.{name}": tensor for name, tensor in released["model"].state_dict().items()}
+    torch.save({"model": state}, tmp_path / "others.pth")
+    loaded = zoo.load(tmp_path / "others.pth").state_dict()
+    assert all(torch.equal(loaded[name.removeprefix("backbone.")], tensor) for name, tensor in state.items())
+    torch.save({"model": torchvision.models.resnet18().state_dict()}, tmp_path / "others.pth")
+    with pytest.raises(UserError, match="does not fit resnet50: .*; moco.zoo reads ResNet-50s"):
+        zoo.load(tmp_path / "others.pth")
+
+
 def test_the_hash_of_the_first_download_is_kept(released, cache, web):
     path, record = cache / FILE, cache / f"{FILE}.sha256"
     web.answers = [whole(released["v2"])]
