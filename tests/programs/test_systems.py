@@ -22,7 +22,8 @@ def on(system, *words):
     return program(sys.executable, str(HELPER), system, *map(str, words))
 
 
-@pytest.mark.parametrize("system", ["windows", pytest.param("macos", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["windows", "macos"])
 def test_training_with_spawned_workers_gives_the_same_bits(system, folders, tmp_path):
     words = [*MOCO, "-a", "shufflenet_v2_x0_5", "--epochs", "1", folders]
     there = on(system, "main_moco.py", *words, "-j", "1", "--output-dir", tmp_path / "there")
