@@ -29,15 +29,14 @@ from moco.encoders import base_encoder, check_image_size
 from moco.errors import UserError, run_program
 from moco.evaluate import linear
 from moco.files import make_output_folder
+from moco.run.backbone import load_encoder, with_counters
 from moco.run.checkpoint import (
     LinearCheckpoints,
     check_arch,
     check_compatible,
     check_linear,
-    load_encoder,
     load_strictly,
     read,
-    with_counters,
 )
 from moco.run.launch import launch
 from moco.run.log import Meters, RunLog

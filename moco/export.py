@@ -19,7 +19,8 @@ from moco.encoders import on_meta_device
 from moco.errors import Parser, UserError, first_line, printable, run_program, shell_word
 from moco.evaluate.features import backbone
 from moco.files import atomic_file, check_free
-from moco.run.checkpoint import encoder_state, read
+from moco.run.backbone import encoder_state
+from moco.run.checkpoint import read
 from moco.zoo import resolve
 
 SUFFIXES = {  # by which the libraries recognize the formats

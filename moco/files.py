@@ -101,8 +101,7 @@ def atomic_folder(path, replace=False):
     with Lock(
         lock_beside(path),
         lambda holder: (
-            f"{holder.process} is making {printable(path)} ({holder.program}): wait for it, or name another "
-            "folder"
+            f"{holder.process} is making {path} ({holder.program}): wait for it, or name another folder"
         ),
     ):
         if path.exists() and (not path.is_dir() or (not replace and any(path.iterdir()))):

@@ -8,7 +8,8 @@ from torch import nn
 from moco import zoo
 from moco.data.device import normalize
 from moco.encoders import base_encoder
-from moco.run import checkpoint as checkpoints
+from moco.run.backbone import load_encoder
+from moco.run.checkpoint import check_arch, read
 
 
 def backbone_of(path_or_name, arch=None):
@@ -20,12 +21,12 @@ def backbone_of(path_or_name, arch=None):
     backbone was, in words. Raises UserError.
     """
     path = zoo.resolve(path_or_name)
-    checkpoint = checkpoints.read(path)
+    checkpoint = read(path)
     named = checkpoint.get("arch")
     arch = arch or (named if isinstance(named, str) else "resnet50")
-    checkpoints.check_arch(checkpoint, arch, path)
+    check_arch(checkpoint, arch, path)
     network = backbone(arch)
-    taken = checkpoints.load_encoder(network, checkpoint, path, arch)
+    taken = load_encoder(network, checkpoint, path, arch)
     return network.eval(), checkpoint | {"arch": arch, "taken": taken}
 
 

@@ -1,6 +1,4 @@
-"""Checkpoints of both programs: complete or absent, found again, and read without running code. Of other
-programs' files the backbone is taken.
-"""
+"""Checkpoints of both programs: complete or absent, found again, and read without running code."""
 
 import argparse
 import contextlib
@@ -9,31 +7,17 @@ import pickle
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from moco.errors import UserError, first_line, printable, shell_word
+from moco.errors import UserError, first_line, shell_word
 from moco.files import LOCK, Lock, atomic_file
 
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 WRAPPER_PREFIX = "module."  # of DistributedDataParallel, in front of the names in published files
 COMPILE_MARK = "_orig_mod."  # of torch.compile, in files of other programs
-COUNTER = "num_batches_tracked"  # of BatchNorm; files from before torch 0.4.1 and converted ones lack it
-ENTRIES = (  # of a file that hold a state_dict; of several whole backbones that of the first is taken
-    "state_dict",  # MoCo, IFM, MoCo v3, mmselfsup, timm, Lightning (solo-learn, lightly)
-    "model_state_dict",
-    "model",  # torchvision's references, Barlow Twins
-    "net",
-    "teacher",  # DINO: its eval_linear.py takes it and not the student
-    "classy_state_dict.base_model.model.trunk",  # VISSL: extra_scripts/convert_vissl_to_torchvision.py
-)
-# Words in the names of encoders that follow another one, which is taken instead where the file has it:
-# encoder_k (MoCo), momentum_encoder (MoCo v3), momentum_backbone (solo-learn), backbone_momentum (lightly),
-# target_net (mmselfsup's BYOL), state_dict_ema (timm); of DINO's two the student is the one that is left.
-FOLLOWERS = {"k", "key", "momentum", "ema", "target", "student"}
 
 
 def save(checkpoint, path, before=None):
@@ -61,7 +45,7 @@ def read(path):
 
     `state_dict` is what the file has under this name, or the file itself where it is a bare state_dict, with
     names without DistributedDataParallel's `module.`; it is empty where a file has its tensors under other
-    names, from which `encoder_state` takes the backbone. Only tensors, plain values, argparse.Namespace and
+    names, from which moco.run.backbone takes the backbone. Only tensors, plain values, argparse.Namespace and
     NumPy's numbers are read (`weights_only=True`); damage is found by the CRC-32 that torch writes beside
     every tensor and does not look at. Raises UserError.
     """
@@ -78,7 +62,7 @@ def read(path):
     except Exception as error:  # zipfile and torch have an exception of their own for each kind of damage
         raise UserError(_unreadable(path, error)) from error
     content = loaded if isinstance(loaded, dict) else {}
-    found = _state_dicts(content)
+    found = state_dicts(content)
     if not found:
         raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
     if "state_dict" not in found:  # the file's own tensors, where it is a bare state_dict
@@ -104,7 +88,7 @@ def _check_archive(path):
             raise UserError(f"{path} is damaged (checksum of {damaged}); copy or download it again")
         if not any(name.endswith("/data.pkl") for name in names):
             raise UserError(
-                f"{path} is an archive of another kind than torch.save writes, with {_some(names)}"
+                f"{path} is an archive of another kind than torch.save writes, with {some_of(names)}"
             )
 
 
@@ -132,7 +116,7 @@ def _harmless():
     return [argparse.Namespace, (_Dtype, "numpy.dtype"), *scalars]
 
 
-def _state_dicts(content):
+def state_dicts(content):
     """{entry: {name: tensor}} of a file's dicts that hold tensors by name, "a.b" for content["a"]["b"]."""
     found, waiting, seen = {}, [("", content)], set()
     for entry, values in waiting:
@@ -157,173 +141,6 @@ def plain_names(state_dict):
 def published_names(model):
     """The state_dict of a model with the names of published files, which start with `module.`."""
     return {WRAPPER_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
-
-
-def load_encoder(network, checkpoint, path, arch, advice=None):
-    """Load all of `network` but its last layer `fc` from a checkpoint. Returns what was taken, in words.
-
-    Arguments and errors are those of `encoder_state`.
-    """
-    state, taken = encoder_state(checkpoint, path, network, arch, advice)
-    last_layer = [name for name in network.state_dict() if name.startswith("fc.")]
-    load_strictly(network, state, path, last_layer)
-    return taken
-
-
-def encoder_state(checkpoint, path, network, arch, advice=None):
-    """({name: tensor} of a backbone, where in the file they were in words).
-
-    The names are those of `network`, without its last layer `fc`. Raises UserError when there is none.
-
-    checkpoint: what `read` returned for `path` (named in messages), of this or another program; network: a
-    torchvision model `arch`, also on the meta device; advice: what to do when it does not fit.
-
-    Whatever stands in front of the names, such as `backbone.`, is taken when all tensors of the network are
-    there in its shapes, and none more of its layers. BatchNorm's counters may be missing and are 0 then. Of
-    several backbones ENTRIES and FOLLOWERS say which is taken; where they do not, it is an error.
-    """
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
-    total = sum(not _is_counter(name) for name in own)
-    layers = [name for name, _ in network.named_children()]
-    found = sorted(
-        _backbones(checkpoint, own, layers, arch), key=lambda each: (each.preference, -each.fitting)
-    )
-    whole = [each for each in found if each.misfit is None]
-    in_part = [each for each in found if 2 * each.fitting >= total]
-    if not whole or in_part[0].preference < whole[0].preference:  # the one to take is incomplete
-        raise UserError(f"{path} {_no_backbone(checkpoint, in_part or found, total, arch, advice)}")
-    best = whole[0]
-    for other in whole:
-        if other.preference == best.preference and not other.same_tensors(best):
-            raise UserError(
-                f"{path} holds several backbones of {arch}, {best.place} and {other.place}: write the "
-                "tensors of the one that you want to a file of their own"
-            )
-    state = {name: best.state.get(best.names[name]) for name in own}
-    taken = f"the tensors {best.place}" + (", numbered as its layers" if best.numbered else "")
-    if left := len(best.state.keys() - best.names.values()):
-        taken += f", {left} of other parts left out"
-    for name, tensor in state.items():
-        if _is_counter(name) and (tensor is None or tensor.shape != own[name].shape):
-            state[name] = torch.zeros(own[name].shape, dtype=own[name].dtype)
-    return state, taken
-
-
-@dataclass(frozen=True)
-class _Backbone:
-    """Tensors of a file that are a backbone, whole or in part.
-
-    entry, state: the dict that holds them, as of `_state_dicts`; names: theirs in it, by the network's.
-    """
-
-    entry: str
-    prefix: str
-    numbered: bool  # layers have numbers, as in nn.Sequential(*network.children())
-    state: dict
-    names: dict
-    fitting: int  # how many have the network's shape, without counters
-    misfit: str | None
-
-    @property
-    def place(self):
-        return (f"under {self.prefix} " if self.prefix else "") + f"of the file's {self.entry}"
-
-    @property
-    def preference(self):
-        """Smaller is preferred."""
-        follows = bool(FOLLOWERS & set(re.split(r"[._]", f"{self.entry}.{self.prefix}")))
-        return follows, ENTRIES.index(self.entry) if self.entry in ENTRIES else len(ENTRIES)
-
-    def same_tensors(self, other):
-        pairs = [(self.names[name], other.names[name]) for name in self.names if not _is_counter(name)]
-        return all(torch.equal(self.state[one], other.state[two]) for one, two in pairs)
-
-
-def _backbones(checkpoint, own, layers, arch):
-    """The _Backbones of a checkpoint that have a tensor or more of the network's `own` in its shape.
-
-    layers: the names of the network's children, whose order numbers them.
-    """
-    numbers = {name: str(number) for number, name in enumerate(layers)}
-    split = {name: name.partition(".") for name in own}
-    by_number = {name: numbers.get(layer, layer) + dot + rest for name, (layer, dot, rest) in split.items()}
-    namings = [  # each: the network's names to the file's, and what the file's start with
-        (False, {name: name for name in own}, {layer for layer in layers if layer != "fc"}),
-        (True, by_number, {numbers[layer] for layer in layers if layer != "fc"}),  # lightly's examples
-    ]
-    for entry, state in _state_dicts(checkpoint).items():
-        state = plain_names(state)
-        for numbered, naming, starts in namings:
-            for prefix in _prefixes(state, set(naming.values())):
-                names = {name: prefix + there for name, there in naming.items()}
-                misfits = {
-                    name: _misfit(state, names[name], own[name], arch)
-                    for name in own
-                    if not _is_counter(name)
-                }
-                ours = set(names.values())
-                more = [  # ResNet-34 has all tensors of ResNet-18 and more
-                    f"{name} is not in {arch}"
-                    for name in state
-                    if name.startswith(prefix) and name not in ours
-                    if name[len(prefix) :].partition(".")[0] in starts
-                ]
-                if fitting := sum(misfit is None for misfit in misfits.values()):
-                    misfit = next(filter(None, [*misfits.values(), *more]), None)
-                    yield _Backbone(entry, prefix, numbered, state, names, fitting, misfit)
-
-
-def _misfit(state, name, tensor, arch):
-    """In words, why the tensor `name` of a state_dict cannot be that of the network, or None."""
-    if name not in state:
-        return f"{name} is missing"
-    there, here = tuple(state[name].shape), tuple(tensor.shape)
-    return None if there == here else f"{name} is {there} there and {here} in {arch}"
-
-
-def _prefixes(state, tails):
-    """What is in front of one of the `tails` in a name of the state_dict."""
-    depth = max(tail.count(".") for tail in tails) + 1
-    found = set()
-    for name in state:
-        parts = name.split(".")
-        for start in range(max(0, len(parts) - depth), len(parts)):
-            if (tail := ".".join(parts[start:])) in tails:
-                found.add(name.removesuffix(tail))
-    return sorted(found)
-
-
-def _is_counter(name):
-    return name.rpartition(".")[2] == COUNTER
-
-
-def with_counters(state_dict, network):
-    """A state_dict of `network` with BatchNorm's counters, which torch takes as 0 where a file lacks them."""
-    own = network.state_dict().items()
-    return {name: torch.zeros_like(tensor) for name, tensor in own if _is_counter(name)} | state_dict
-
-
-def _no_backbone(checkpoint, found, total, arch, advice):
-    """What is wrong with a checkpoint in which `found` are the best _Backbones, the preferred one first."""
-    settings = checkpoint.get("settings")
-    if isinstance(settings, dict) and settings.get("random_bits"):
-        return (
-            "is of a run with --random-bits, whose encoder takes more than the three channels of an image; "
-            "python -m moco.shortcuts randbit measures such encoders"
-        )
-    advice = advice or "if it is of another architecture, name that with --arch"
-    if not found:
-        state_dicts = _state_dicts(checkpoint)
-        largest = max(state_dicts, key=lambda entry: len(state_dicts[entry]))
-        has = f"its {largest} has {_some(state_dicts[largest])}"
-        return f"does not fit {arch}, of whose backbone it holds no tensor: {has}; {advice}"
-    shown = []
-    for each in found:
-        if not any(each.entry == one.entry and each.prefix.startswith(one.prefix) for one in shown):
-            shown.append(each)
-    counts = _some([f"{each.fitting} {each.place}" for each in shown])
-    has = f"it has {counts}, and {shown[0].misfit}"
-    return f"does not fit {arch}: of the backbone's {total} tensors {has}; {advice}"
 
 
 def check_arch(checkpoint, arch, path):
@@ -351,7 +168,7 @@ def load_strictly(model, state_dict, path, may_miss=(), advice="name a checkpoin
         ("unexpected:", unexpected),
         ("shapes differ:", other_shape),
     )
-    wrong = [f"{what} {_some(names)}" for what, names in problems if names]
+    wrong = [f"{what} {some_of(names)}" for what, names in problems if names]
     if wrong:
         raise UserError(f"{path} does not fit this model ({'; '.join(wrong)}); {advice}")
     model.load_state_dict(state_dict, strict=not may_miss)
@@ -398,7 +215,8 @@ def check_compatible(checkpoint, path, data, settings, rank):
     UserError.
     """
     before, step, data_before = (checkpoint.get(name) for name in ("settings", "step", "data"))
-    before = before if isinstance(before, dict) else {}
+    # earlier versions had no --gray-range
+    before = {"gray_range": None} | before if isinstance(before, dict) else {}
     data_before = data_before if isinstance(data_before, dict) else {}
     for name in ("moco_dim", "moco_k", "mlp"):
         if name in before and before[name] != settings[name]:
@@ -619,16 +437,14 @@ def _lock(folder, rank):
             lock = Lock(
                 folder / LOCK,
                 lambda holder: (
-                    f"another run ({holder.process}) is using --output-dir {printable(folder)} "
+                    f"another run ({holder.process}) is using --output-dir {folder} "
                     f"({holder.program}): stop it, or choose another folder"
                 ),
             )
         except UserError as error:
             sentence = str(error)
         except OSError as error:
-            sentence = (
-                f"cannot write to --output-dir {printable(folder)} ({error.strerror}); choose another folder"
-            )
+            sentence = f"cannot write to --output-dir {folder} ({error.strerror}); choose another folder"
     if sentence := rank.broadcast(sentence):
         raise UserError(sentence)
     return lock
@@ -707,6 +523,7 @@ def _written_alone(path, program):
     return f"`python -c '{program}' {shell_word(path)} weights.pth` writes the weights alone"
 
 
-def _some(names, most=3):
+def some_of(names, most=3):
+    """The first of some names, and how many there are beside them, in words."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,7 +18,8 @@ from moco.data.loader import ValidationLoader
 from moco.encoders import base_encoder
 from moco.errors import DivergedError, Parser, UserError, run_program
 from moco.files import atomic_file
-from moco.run import checkpoint as checkpoints
+from moco.run import backbone
+from moco.run.checkpoint import read
 from moco.run.log import machine
 from moco.shortcuts.probe import read_out
 from moco.trifeature import FACTORS, SETTINGS
@@ -87,7 +88,7 @@ def untrained_encoder(arch, moco_dim, seed, random_bits):
 
 def load_encoder(network, path, arch):
     """Give `network`, an `arch`, the encoder of the checkpoint `path`, but for its head. Raises UserError."""
-    checkpoints.load_encoder(network, checkpoints.read(path), path, arch)
+    backbone.load_encoder(network, read(path), path, arch)
 
 
 def last_epoch(path):

@@ -49,7 +49,7 @@ def opened(out, settings):
         with Lock(
             out / LOCK,
             lambda holder: (
-                f"another sweep is running in {printable(out)}; wait for it, or stop it ({holder.process}, "
+                f"another sweep is running in {out}; wait for it, or stop it ({holder.process}, "
                 f"{holder.program})"
             ),
         ):

@@ -19,7 +19,8 @@ import torchvision
 
 from moco.errors import UserError, first_line, printable, shell_word
 from moco.files import atomic_file, file_hash, locked, sha256
-from moco.run.checkpoint import load_encoder, read
+from moco.run.backbone import load_encoder
+from moco.run.checkpoint import read
 
 TIMEOUT = 60  # seconds without a byte after which a connection counts as broken
 

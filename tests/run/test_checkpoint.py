@@ -24,12 +24,12 @@ import main_moco
 from moco import files
 from moco.builder import MoCo
 from moco.errors import UserError
+from moco.run.backbone import encoder_state
 from moco.run.checkpoint import (
     Checkpoints,
     LinearCheckpoints,
     check_arch,
     check_compatible,
-    encoder_state,
     load_strictly,
     read,
     restore,

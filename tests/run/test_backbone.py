@@ -20,7 +20,8 @@ from torch import nn
 import main_lincls
 import main_moco
 from moco.errors import UserError
-from moco.run.checkpoint import encoder_state, load_encoder, read
+from moco.run.backbone import encoder_state, load_encoder
+from moco.run.checkpoint import read
 
 ARCH = "tiny"
 

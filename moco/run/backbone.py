@@ -1,0 +1,190 @@
+"""The backbone in a checkpoint, of this or another program: found by the names and shapes of a network."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from moco.errors import UserError
+from moco.run.checkpoint import load_strictly, plain_names, some_of, state_dicts
+
+COUNTER = "num_batches_tracked"  # of BatchNorm; files from before torch 0.4.1 and converted ones lack it
+ENTRIES = (  # of a file that hold a state_dict; of several whole backbones that of the first is taken
+    "state_dict",  # MoCo, IFM, MoCo v3, mmselfsup, timm, Lightning (solo-learn, lightly)
+    "model_state_dict",
+    "model",  # torchvision's references, Barlow Twins
+    "net",
+    "teacher",  # DINO: its eval_linear.py takes it and not the student
+    "classy_state_dict.base_model.model.trunk",  # VISSL: extra_scripts/convert_vissl_to_torchvision.py
+)
+# Words in the names of encoders that follow another one, which is taken instead where the file has it:
+# encoder_k (MoCo), momentum_encoder (MoCo v3), momentum_backbone (solo-learn), backbone_momentum (lightly),
+# target_net (mmselfsup's BYOL), state_dict_ema (timm); of DINO's two the student is the one that is left.
+FOLLOWERS = {"k", "key", "momentum", "ema", "target", "student"}
+
+
+def load_encoder(network, checkpoint, path, arch, advice=None):
+    """Load all of `network` but its last layer `fc` from a checkpoint. Returns what was taken, in words.
+
+    Arguments and errors are those of `encoder_state`.
+    """
+    state, taken = encoder_state(checkpoint, path, network, arch, advice)
+    last_layer = [name for name in network.state_dict() if name.startswith("fc.")]
+    load_strictly(network, state, path, last_layer)
+    return taken
+
+
+def encoder_state(checkpoint, path, network, arch, advice=None):
+    """({name: tensor} of a backbone, where in the file they were in words).
+
+    The names are those of `network`, without its last layer `fc`. Raises UserError when there is none.
+
+    checkpoint: what `read` returned for `path` (named in messages), of this or another program; network: a
+    torchvision model `arch`, also on the meta device; advice: what to do when it does not fit.
+
+    Whatever stands in front of the names, such as `backbone.`, is taken when all tensors of the network are
+    there in its shapes, and none more of its layers. BatchNorm's counters may be missing and are 0 then. Of
+    several backbones ENTRIES and FOLLOWERS say which is taken; where they do not, it is an error.
+    """
+    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    total = sum(not _is_counter(name) for name in own)
+    layers = [name for name, _ in network.named_children()]
+    found = sorted(
+        _backbones(checkpoint, own, layers, arch), key=lambda each: (each.preference, -each.fitting)
+    )
+    whole = [each for each in found if each.misfit is None]
+    in_part = [each for each in found if 2 * each.fitting >= total]
+    if not whole or in_part[0].preference < whole[0].preference:  # the one to take is incomplete
+        raise UserError(f"{path} {_no_backbone(checkpoint, in_part or found, total, arch, advice)}")
+    best = whole[0]
+    for other in whole:
+        if other.preference == best.preference and not other.same_tensors(best):
+            raise UserError(
+                f"{path} holds several backbones of {arch}, {best.place} and {other.place}: write the "
+                "tensors of the one that you want to a file of their own"
+            )
+    state = {name: best.state.get(best.names[name]) for name in own}
+    taken = f"the tensors {best.place}" + (", numbered as its layers" if best.numbered else "")
+    if left := len(best.state.keys() - best.names.values()):
+        taken += f", {left} of other parts left out"
+    for name, tensor in state.items():
+        if _is_counter(name) and (tensor is None or tensor.shape != own[name].shape):
+            state[name] = torch.zeros(own[name].shape, dtype=own[name].dtype)
+    return state, taken
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    """Tensors of a file that are a backbone, whole or in part.
+
+    entry, state: the dict that holds them, as of `state_dicts`; names: theirs in it, by the network's.
+    """
+
+    entry: str
+    prefix: str
+    numbered: bool  # layers have numbers, as in nn.Sequential(*network.children())
+    state: dict
+    names: dict
+    fitting: int  # how many have the network's shape, without counters
+    misfit: str | None
+
+    @property
+    def place(self):
+        return (f"under {self.prefix} " if self.prefix else "") + f"of the file's {self.entry}"
+
+    @property
+    def preference(self):
+        """Smaller is preferred."""
+        follows = bool(FOLLOWERS & set(re.split(r"[._]", f"{self.entry}.{self.prefix}")))
+        return follows, ENTRIES.index(self.entry) if self.entry in ENTRIES else len(ENTRIES)
+
+    def same_tensors(self, other):
+        pairs = [(self.names[name], other.names[name]) for name in self.names if not _is_counter(name)]
+        return all(torch.equal(self.state[one], other.state[two]) for one, two in pairs)
+
+
+def _backbones(checkpoint, own, layers, arch):
+    """The _Backbones of a checkpoint that have a tensor or more of the network's `own` in its shape.
+
+    layers: the names of the network's children, whose order numbers them.
+    """
+    numbers = {name: str(number) for number, name in enumerate(layers)}
+    split = {name: name.partition(".") for name in own}
+    by_number = {name: numbers.get(layer, layer) + dot + rest for name, (layer, dot, rest) in split.items()}
+    namings = [  # each: the network's names to the file's, and what the file's start with
+        (False, {name: name for name in own}, {layer for layer in layers if layer != "fc"}),
+        (True, by_number, {numbers[layer] for layer in layers if layer != "fc"}),  # lightly's examples
+    ]
+    for entry, state in state_dicts(checkpoint).items():
+        state = plain_names(state)
+        for numbered, naming, starts in namings:
+            for prefix in _prefixes(state, set(naming.values())):
+                names = {name: prefix + there for name, there in naming.items()}
+                misfits = {
+                    name: _misfit(state, names[name], own[name], arch)
+                    for name in own
+                    if not _is_counter(name)
+                }
+                ours = set(names.values())
+                more = [  # ResNet-34 has all tensors of ResNet-18 and more
+                    f"{name} is not in {arch}"
+                    for name in state
+                    if name.startswith(prefix) and name not in ours
+                    if name[len(prefix) :].partition(".")[0] in starts
+                ]
+                if fitting := sum(misfit is None for misfit in misfits.values()):
+                    misfit = next(filter(None, [*misfits.values(), *more]), None)
+                    yield _Backbone(entry, prefix, numbered, state, names, fitting, misfit)
+
+
+def _misfit(state, name, tensor, arch):
+    """In words, why the tensor `name` of a state_dict cannot be that of the network, or None."""
+    if name not in state:
+        return f"{name} is missing"
+    there, here = tuple(state[name].shape), tuple(tensor.shape)
+    return None if there == here else f"{name} is {there} there and {here} in {arch}"
+
+
+def _prefixes(state, tails):
+    """What is in front of one of the `tails` in a name of the state_dict."""
+    depth = max(tail.count(".") for tail in tails) + 1
+    found = set()
+    for name in state:
+        parts = name.split(".")
+        for start in range(max(0, len(parts) - depth), len(parts)):
+            if (tail := ".".join(parts[start:])) in tails:
+                found.add(name.removesuffix(tail))
+    return sorted(found)
+
+
+def _is_counter(name):
+    return name.rpartition(".")[2] == COUNTER
+
+
+def with_counters(state_dict, network):
+    """A state_dict of `network` with BatchNorm's counters, which torch takes as 0 where a file lacks them."""
+    own = network.state_dict().items()
+    return {name: torch.zeros_like(tensor) for name, tensor in own if _is_counter(name)} | state_dict
+
+
+def _no_backbone(checkpoint, found, total, arch, advice):
+    """What is wrong with a checkpoint in which `found` are the best _Backbones, the preferred one first."""
+    settings = checkpoint.get("settings")
+    if isinstance(settings, dict) and settings.get("random_bits"):
+        return (
+            "is of a run with --random-bits, whose encoder takes more than the three channels of an image; "
+            "python -m moco.shortcuts randbit measures such encoders"
+        )
+    advice = advice or "if it is of another architecture, name that with --arch"
+    if not found:
+        tensors = state_dicts(checkpoint)
+        largest = max(tensors, key=lambda entry: len(tensors[entry]))
+        has = f"its {largest} has {some_of(tensors[largest])}"
+        return f"does not fit {arch}, of whose backbone it holds no tensor: {has}; {advice}"
+    shown = []
+    for each in found:
+        if not any(each.entry == one.entry and each.prefix.startswith(one.prefix) for one in shown):
+            shown.append(each)
+    counts = some_of([f"{each.fitting} {each.place}" for each in shown])
+    has = f"it has {counts}, and {shown[0].misfit}"
+    return f"does not fit {arch}: of the backbone's {total} tensors {has}; {advice}"
