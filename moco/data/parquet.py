@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from moco.data.decode import TIFF
 from moco.errors import UserError, first_line, say
 from moco.files import atomic_folder
 from moco.progress import Progress
@@ -30,8 +31,7 @@ ENDINGS = {  # of the images that are read, by how their bytes begin
     b"\x89PNG\r\n\x1a\n": ".png",
     b"BM": ".bmp",
     b"RIFF": ".webp",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
+    **dict.fromkeys(TIFF, ".tif"),
     b"P5": ".pgm",
     b"P6": ".ppm",
 }

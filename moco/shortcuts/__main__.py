@@ -142,6 +142,8 @@ def write_report(out, results):
 
 def main():
     args, others = parse_args()
+    if not (PROJECT / "main_moco.py").is_file():
+        raise UserError("this trains by main_moco.py, which is not installed with moco: start it in a clone")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing half-drawn then, too
     data, runs = Path(args.data or Path(args.out, "data")), runs_of(args)
     # main_moco.py's own checks of every command, before anything is written
