@@ -129,11 +129,9 @@ def evaluate(rank, args):
     backbone.to(rank.device)
     results = linear.Results(lrs, classes)
 
-    counts = f"{len(images)} training and {len(val_images)}" if images else len(val_images)
-    rank.print(f"{counts} validation images of {args.folder}, {len(classes)} classes")
     for split in filter(None, (images, val_images)):
-        if split.left_out:
-            rank.print(split.left_out)
+        for line in split.summary():
+            rank.print(line)
     if rank.is_first and args.gray_range is None:
         for line in range_warnings(uses_of_some(paths_of(images or val_images))):
             rank.print(line)
@@ -143,7 +141,8 @@ def evaluate(rank, args):
     if not in_workers and not args.evaluate:
         rank.print(augment)
     rank.print(f"JPEG files are decoded by {decoder_name()}")
-    rank.print(f"features of {source}" if source else "no --pretrained: features of an untrained encoder")
+    features = f"features of {source}" if source else "no --pretrained: features of an untrained encoder"
+    rank.print(f"{len(classes)} classes; {features}")
     if source and not resumed:
         rank.print(f"pretrained: {taken}")
     if args.evaluate:

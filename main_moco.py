@@ -21,13 +21,13 @@ from moco.data.cache import decoded_cache
 from moco.data.decode import decoder_name
 from moco.data.device import DeviceAugment
 from moco.data.experiments import RandomBits
-from moco.data.folders import data_folder, image_folder, paths_of
+from moco.data.folders import data_folder, paths_of, pretraining_images
 from moco.data.gray import range_warnings, uses_of_some
 from moco.data.loader import TrainLoader, batch_per_process
 from moco.encoders import base_encoder, check_image_size
 from moco.errors import run_program
 from moco.evaluate.features import similarities
-from moco.evaluate.knn import KnnMonitor
+from moco.evaluate.knn import KnnMonitor, labeled_val
 from moco.files import make_output_folder
 from moco.losses import rank_accuracy
 from moco.run.checkpoint import Checkpoints, check_arch, check_compatible, restore
@@ -40,8 +40,12 @@ def main():
     args = options.pretraining()
     check_image_size(args.arch, args.image_size)
     make_output_folder(args.output_dir)
-    args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
-    image_folder(args.folder, "train")  # fails before any process is started
+    if args.images is None:
+        args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
+    images = pretraining_images(args.folder, args.images)  # fails before any process is started
+    if args.knn:
+        labeled_val(images)
+    del images  # each process lists them itself
     launch(pretrain, args, **options.processes(args))
 
 
@@ -58,8 +62,10 @@ def pretrain(rank, args):
     settings = options.settings(args, seed)
 
     # Data. Every random number of a view is a function of (seed, epoch, index): moco/data/README.md
-    images = image_folder(args.folder, "train")
+    images = pretraining_images(args.folder, args.images)
     rank.check_same(settings | {"images": len(images), "checkpoint": source, "cache": args.cache})
+    for line in images.summary():
+        rank.print(line)
     recipe = pretraining(args.aug_plus, args.crops_only)
     in_workers = args.device_aug == "off"  # where color, blur and flip are done
     loading = {
@@ -108,9 +114,6 @@ def pretrain(rank, args):
         # of a stop within an epoch; "noted" is of files of earlier versions
         sums = checkpoint.get("log", {}) | checkpoint.get("noted", {}) if step else {}
 
-    rank.print(f"{len(images)} images of {args.folder}")
-    if images.left_out:
-        rank.print(images.left_out)
     if rank.is_first and args.gray_range is None:
         for line in range_warnings(uses_of_some(paths_of(images))):
             rank.print(line)

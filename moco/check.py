@@ -13,7 +13,7 @@ from PIL import Image
 
 from moco import trifeature
 from moco.data.decode import decoder_name, read_pixels, reason
-from moco.data.folders import image_folder, paths_of, use_numbers_of_train
+from moco.data.folders import image_folder, paths_of, pretraining_images, use_numbers_of_train
 from moco.data.gray import RangeError, overall, range_warnings, span, use_of
 from moco.data.ring import Workers
 from moco.errors import Parser, UserError, printable, run_program
@@ -28,16 +28,17 @@ PHOTOMETRIC = 262  # TIFF's tag; 0 is white stored as 0
 BATCH = 256  # -b of main_moco.py, where it is not given
 
 
-def check(folder, workers=None, gray_range=None):
+def check(folder, workers=None, gray_range=None, listed=None):
     """The lines of a report on the data set `folder`, and whether training and linear evaluation can use it.
 
-    folder: holds train/ and perhaps val/; workers: processes that read (None: one per core, 0: this one);
-    gray_range: --gray-range of the programs. Raises UserError when pre-training would at once.
+    folder, listed: as for moco.data.folders.pretraining_images; workers: processes that read (None: one per
+    core, 0: this one); gray_range: --gray-range of the programs. Raises UserError when pre-training would at
+    once.
     """
-    folder = Path(folder)
-    train, val, report, faults = image_folder(folder, "train"), None, [], []
-    if (folder / "val").exists():  # pre-training does without
+    train, val, report, faults = pretraining_images(folder, listed), None, [], []
+    if train.classes and (Path(folder) / "val").exists():  # pre-training does without
         try:
+            image_folder(folder, "train")  # may lack images of a class, unlike for pre-training
             val = image_folder(folder, "val")
         except UserError as error:
             faults.append(f"fault: {error}")
@@ -52,7 +53,8 @@ def check(folder, workers=None, gray_range=None):
         without_range += sum(bool(fault and use) for fault, *_, use in examined)
     report += range_warnings(uses, gray_range)
     if bad:
-        advice = "repair or remove them, or train with --on-bad-image skip (images of train/ only)"
+        advice = "repair or remove them, or train with --on-bad-image skip"
+        advice += " (images of train/ only)" * bool(val)
         if without_range:
             others = f"; of the other {len(bad) - without_range}: {advice}" * (len(bad) > without_range)
             advice = f"{without_range} need the --gray-range named above, here and in training{others}"
@@ -60,9 +62,9 @@ def check(folder, workers=None, gray_range=None):
     else:
         report.append(f"all {count} images can be read, by {decoder_name()}")
     if len(train) < 2:
-        faults.append("fault: pre-training refuses it: train/ has 1 image, and a batch needs 2")
+        faults.append(f"fault: pre-training refuses it: {train.root} has 1 image, and a batch needs 2")
     evaluation = "linear evaluation will start"
-    if (folder / trifeature.SETTINGS).exists():
+    if val and (Path(folder) / trifeature.SETTINGS).exists():
         report.append("Trifeature: val/ has combinations that train/ does not have, by design")
         evaluation += " with --target shape, texture or color"
     elif val:
@@ -72,7 +74,9 @@ def check(folder, workers=None, gray_range=None):
             faults.append(f"fault: {error}")
     if not (bad or faults):
         most = f", with -b {len(train)} or less" if len(train) < BATCH else ""
-        evaluation = evaluation if val else "linear evaluation needs val/, which is missing"
+        if not val:
+            needs = "val/, which is missing" if train.classes else "train/ and val/ with class folders"
+            evaluation = f"linear evaluation needs {needs}"
         report.append(f"pre-training will start{most}; {evaluation}")
     return report + bad + faults, not (bad or faults)
 
@@ -145,9 +149,10 @@ def _frames(image):
 def _summary(images, examined, gray_range):
     """Lines about an ImageFolder, from what `_examine` returned for its images."""
     sizes = np.array([size for _, size, *_ in examined if size], int).reshape(-1, 2)
-    yield f"{images.root}: images {len(images)}, classes {len(images.classes)}"
-    of_classes = list(Counter(images.targets).values())
-    yield f"  images of a class (smallest / median / largest): {_range(of_classes)}"
+    yield from images.summary()
+    if images.classes:
+        of_classes = _range(list(Counter(images.targets).values()))
+        yield f"  classes {len(images.classes)}, images of each (smallest / median / largest): {of_classes}"
     if len(sizes):
         yield f"  pixels: width {_range(sizes[:, 0])}, height {_range(sizes[:, 1])}"
     remarks = Counter(remark for *_, remarks, _ in examined for remark in remarks)
@@ -156,8 +161,6 @@ def _summary(images, examined, gray_range):
         mapped = gray_range or use.limits
         becomes = f", {span(mapped)} become 0 to 255" if mapped else ""
         yield f"  {count} gray with {use.kind} values: {span(use)}{becomes}"
-    if images.left_out:
-        yield f"  {images.left_out}"
 
 
 def _range(numbers):
@@ -171,7 +174,8 @@ def main():
         epilog="Exit code 0: training and linear evaluation can use the data set; 1: they cannot, and the "
         "last lines say why; 2: wrong use. Nothing is written.",
     )
-    parser.add_argument("folder", metavar="DIR", help="data set: train/ and val/ with one folder per class")
+    parser.add_argument("folder", metavar="DIR", nargs="?", help="data set, as for the programs")
+    parser.add_argument("--images", metavar="LIST", help="instead of DIR, as for main_moco.py")
     parser.add_argument(
         "-j", "--workers", type=int, metavar="N", help="processes that read (default: one per core)"
     )
@@ -180,7 +184,10 @@ def main():
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers must be 0 (read in this process) or more, not {args.workers}")
 
-    report, fine = check(args.folder, args.workers, args.gray_range)
+    if (args.folder is None) == (args.images is None):
+        raise UserError("give the folder DIR or a list of --images, one of them")
+
+    report, fine = check(args.folder, args.workers, args.gray_range, args.images)
     print("\n".join(map(printable, report)))
     sys.exit(0 if fine else 1)
 

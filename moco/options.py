@@ -15,6 +15,7 @@ from moco.errors import UserError, first_line
 
 # Flags that say where and how a run is carried out, not what it computes. All others are its settings.
 NOT_SETTINGS = (
+    "images",
     *("folder", "dataset_root", "dataset", "workers", "cache", "output_dir", "overwrite", "pretrained"),
     *("resume", "evaluate", "keep", "save_freq", "print_freq", "knn", "tensorboard", "start_epoch", "fast"),
     *("rank", "gpu", "multiprocessing_distributed", "world_size", "dist_url", "dist_backend"),
@@ -24,7 +25,12 @@ NOT_SETTINGS = (
 def pretraining(arguments=None):
     """The flags of main_moco.py from `arguments` (default: the command line). Raises UserError."""
     parser = _Parser("Pre-train an encoder without labels by momentum contrast, with or without IFM.")
-    _add_data(parser)
+    add = _add_data(parser, "folder of images: those of DIR/train, or without it all below DIR")
+    add(
+        "--images",
+        metavar="LIST",
+        help="instead of DIR: a text file with the path of an image in each line, relative to its folder",
+    )
     add = parser.add_argument_group("MoCo (v2 is --mlp --moco-t 0.2 --aug-plus --cos)").add_argument
     add("--moco-dim", type=_at_least(1), default=128, help="length of a feature")
     add("--moco-k", type=_at_least(1), default=65536, help="keys in the queue: fewer than images")
@@ -45,7 +51,7 @@ def pretraining(arguments=None):
     add = _add_run(parser, "log.jsonl is always written")
     add("--keep", type=_at_least(1), default=1, help="keep the checkpoints of the N newest epochs")
     add("--save-freq", type=_at_least(0), default=0, help="and of every N-th epoch; 0: of none")
-    add("--knn", type=_at_least(0), default=0, help="nearest-neighbor accuracy every N epochs; 0: never")
+    add("--knn", type=_at_least(0), default=0, help="kNN accuracy on val/ every N epochs; 0: never")
     add("--tensorboard", action="store_true", help="write TensorBoard's files too")
     _add_processes(parser)
     add = parser.add_argument_group("experiments").add_argument
@@ -54,6 +60,11 @@ def pretraining(arguments=None):
     args = parser.parse_args(arguments)
 
     _check(args)
+    if args.images is not None:
+        if args.folder or args.dataset_root or args.dataset != parser.get_default("dataset"):
+            raise UserError("--images takes the place of DIR, --dataset_root and --dataset; give one of them")
+        if args.knn:
+            raise UserError("--knn needs labels, which a list of --images does not have; leave --knn out")
     if args.method is None and (args.epsilon is not None or args.alpha is not None):
         raise UserError("--epsilon and --alpha belong to IFM; add --method ifm, or leave them out")
     if args.method == "ifm_only" and args.alpha is not None:
@@ -73,7 +84,7 @@ def pretraining(arguments=None):
 def linear_evaluation(arguments=None):
     """The flags of main_lincls.py from `arguments` (default: the command line). Raises UserError."""
     parser = _Parser("Train a linear classifier on the frozen features of a pre-trained encoder.")
-    _add_data(parser)
+    _add_data(parser, "has train/ and val/, and in each a folder per class")
     add = parser.add_argument_group("linear evaluation").add_argument
     add("--pretrained", default="", metavar="CKPT", help="checkpoint or released model (default: untrained)")
     add("-e", "--evaluate", action="store_true", help="validate the classifier of --resume and stop")
@@ -224,9 +235,9 @@ def add_gray_range(add):
     )
 
 
-def _add_data(parser):
+def _add_data(parser, folder):
     add = parser.add_argument_group("data").add_argument
-    add("folder", metavar="DIR", nargs="?", help="has train/ and val/, and in each a folder per class")
+    add("folder", metavar="DIR", nargs="?", help=folder)
     add("--dataset-root", "--dataset_root", metavar="ROOT", help="ROOT/DATASET, by default ROOT/imagenet100")
     add("--dataset", default="imagenet100", help="trifeature needs no download: it is drawn when missing")
     add("--image-size", type=_at_least(8), default=224, help="side of a view in pixels")
@@ -251,6 +262,7 @@ def _add_data(parser):
     add_gray_range(add)
     add("--on-bad-image", choices=("error", "skip"), default="error", help="skip: name it and take another")
     add("--decoder", action=_Removed, advice="simplejpeg is used when it is installed, Pillow otherwise")
+    return add
 
 
 def _add_training(parser, epochs, schedule, weight_decay):

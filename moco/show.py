@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from moco.data.augment import moco_v1, moco_v2
 from moco.data.decode import read_pixels
-from moco.data.folders import data_folder, image_folder, paths_of
+from moco.data.folders import data_folder, image_folder, paths_of, pretraining_images
 from moco.data.loader import TrainLoader, ValidationLoader
 from moco.data.pil import center_resize
 from moco.encoders import check_image_size
@@ -68,7 +68,8 @@ def parse_args():
     near.add_argument("checkpoint", metavar="CKPT", help=text)
     for sheet in (pairs, near):
         add = sheet.add_argument
-        add("folder", metavar="DIR", nargs="?", help="data set with train/ (and for neighbors val/)")
+        text = "images as for pre-training" if sheet is pairs else "data set with train/ and val/"
+        add("folder", metavar="DIR", nargs="?", help=text)
         add("--dataset-root", "--dataset_root", metavar="ROOT", help="folder that holds --dataset")
         text = "a folder in ROOT; trifeature is drawn when missing (default: %(default)s)"
         add("--dataset", default="imagenet100", metavar="NAME", help=text)
@@ -134,6 +135,9 @@ def sheet(title, tiles, columns):
 
 
 def class_name(images, index):
+    """Of an ImageFolder's image; without labels the name of its file."""
+    if not images.classes:
+        return os.path.basename(paths_of(images)[index])
     return images.classes[images.targets[index]]
 
 
@@ -160,7 +164,7 @@ def draw_pairs(args, folder):
     The views are what an encoder gets before normalization.
     """
     recipe, name = (moco_v2(), "v2") if args.aug_plus else (moco_v1(), "v1")
-    size, images = args.image_size or 224, image_folder(folder, "train")
+    size, images = args.image_size or 224, pretraining_images(folder)
     _check_count("--count", args.count, images)
     reading = {"resize": args.resize, "gray_range": args.gray_range}
     loader = TrainLoader(images, recipe, size=size, batch_size=args.count, seed=args.seed, **reading)

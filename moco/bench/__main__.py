@@ -83,7 +83,7 @@ def parse_args():
     add("--rounds", type=int, default=5, metavar="N", help="turns of each (default: 5)")
     add("--steps", type=int, metavar="N", help="of a turn (default: 6 on CUDA, 2 on a CPU)")
     add("--only", nargs="+", metavar="NAME", help="only these rows and parts (a wrong one lists all)")
-    text = "the --fast step from files, too: of DIR/train, or of JPEG files made for it"
+    text = "the --fast step from files, too: images as for pre-training, or JPEG files made for it"
     add("--data", nargs="?", const="", metavar="DIR", help=text)
     add("-j", "--workers", type=int, metavar="W", help="of --data (default: one per core)")
     add("--traffic", action="store_true", help="only compute what a step sends on many GPUs")

@@ -24,11 +24,11 @@ from moco.data import decode
 from moco.data.augment import draw, moco_v2
 from moco.data.cache import decoded_cache
 from moco.data.device import DeviceAugment
-from moco.data.folders import images_below
+from moco.data.folders import paths_of, pretraining_images
 from moco.data.loader import TrainLoader
 from moco.data.pil import crop_resize
 from moco.data.ring import RingLoader
-from moco.errors import UserError, printable
+from moco.errors import printable
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD, GaussianBlur, TwoCropsTransform
 
 PUBLISHED, LIMIT = "published: PIL, float32, default collate", "limit: decoding and two resizes alone"
@@ -94,16 +94,14 @@ def cpu_seconds():
 
 @contextlib.contextmanager
 def photographs(folder, count):
-    """The paths of `count` images: spread over `folder`, or made in a folder that is removed afterwards."""
+    """The paths of `count` images: spread over those that pre-training takes from `folder`, or made in one
+    that is removed afterwards. Raises UserError.
+    """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="moco-bench-") as made:
             yield make_photographs(made, count)
         return
-    if not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder}; leave it out to measure with images made for it")
-    found = images_below(folder, collections.Counter())
-    if not found:
-        raise UserError(f"{folder} holds no image; name a folder of photographs, or leave it out")
+    found = paths_of(pretraining_images(folder))
     count = min(count, len(found))
     yield [found[number * len(found) // count] for number in range(count)]
 

@@ -32,7 +32,7 @@ from moco.bench.training import (
 )
 from moco.data.augment import moco_v2
 from moco.data.device import DeviceAugment
-from moco.data.folders import image_folder
+from moco.data.folders import pretraining_images
 from moco.data.loader import TrainLoader
 from moco.errors import UserError, first_line
 from moco.progress import Progress
@@ -212,7 +212,7 @@ def seconds_of_pair(run):
 
 @contextlib.contextmanager
 def loader_of(s, folder, workers):
-    """A TrainLoader as --fast has it, for the images of `folder`/train or, of "", some that are made here.
+    """A TrainLoader as --fast has it, for what pre-training takes from `folder` or, of "", made images.
     Raises UserError.
     """
     on_cuda, steps = s.device.type == "cuda", steps_from_files(s)
@@ -220,7 +220,7 @@ def loader_of(s, folder, workers):
     settings |= {"resize": "torch" if on_cuda else "pil", "photometric": not on_cuda}
     with contextlib.ExitStack() as stack:
         if folder:
-            images = image_folder(folder, "train")
+            images = pretraining_images(folder)
         else:
             paths = stack.enter_context(photographs(None, 64))
             images = Images(paths * math.ceil(steps * s.batch_size / len(paths)), s.size)

@@ -1,8 +1,9 @@
-"""Image folders with one sub-folder per class, and the order in which an epoch goes through their images."""
+"""The images of a data set, with labels or without, and the order in which an epoch goes through them."""
 
 import contextlib
 import math
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,17 @@ from moco.seeds import ORDER, fold
 # Folders that systems make beside images: of a Mac's zip files, of Synology's thumbnails, of ext4.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")
 
+# What is left out of a listing: one, several.
+HIDDEN_FILES = "hidden file", "hidden files"
+HIDDEN_FOLDERS = "hidden folder", "hidden folders"
+OTHER_FILES = "other file", "other files"
+OUTSIDE = "image outside of class folders", "images outside of class folders"
+LINKS = "link to a folder above it", "links to a folder above them"
+EMPTY = "folder without images", "folders without images"
+
 
 def data_folder(folder, dataset_root, dataset):
-    """The Path of the folder that holds train/ and val/: `folder`, or dataset_root/dataset when it is None.
+    """The Path of a data set: `folder`, or dataset_root/dataset when it is None.
 
     The data set "trifeature" is drawn when it is missing, in data/ without a dataset_root. Raises UserError.
     """
@@ -29,8 +38,8 @@ def data_folder(folder, dataset_root, dataset):
         return Path(folder)
     if dataset_root is None and dataset != "trifeature":
         raise UserError(
-            f"where are the images? Give a folder with train/ and val/, or --dataset_root ROOT for "
-            f"ROOT/{dataset}, or --dataset trifeature, which needs no download"
+            f"where are the images? Give their folder DIR, or --dataset_root ROOT for ROOT/{dataset}, or "
+            "--dataset trifeature, which needs no download"
         )
     path = Path(dataset_root or "data") / dataset
     if dataset == "trifeature":
@@ -40,17 +49,18 @@ def data_folder(folder, dataset_root, dataset):
 
 @dataclass
 class ImageFolder:
-    """The images of a folder with one sub-folder per class: what torchvision's ImageFolder of it has.
+    """The images of a data set: where each folder is a class, what torchvision's ImageFolder of it has.
 
-    root: its path; samples: (path, class number) of each image; targets: the class numbers alone;
-    target_transform: None, or a function of a class number that gives another; left_out: a clause on what is
+    root: the path of the folder, or of a list of images; classes: their names, none when there are no labels;
+    samples: (path, class number) of each image, without labels 0; targets: the class numbers alone;
+    target_transform: None, or a function of a class number that gives another; remark: a clause on what is
     in the folder and not among the samples, or "". len(): images.
     """
 
     root: str
     classes: list
     samples: list
-    left_out: str = ""
+    remark: str = ""
     target_transform: object = None
     targets: list = field(init=False)
     class_to_idx: dict = field(init=False)
@@ -62,47 +72,162 @@ class ImageFolder:
     def __len__(self):
         return len(self.samples)
 
+    def summary(self):
+        """For the start of a run: "DIR: 12,345 images in 3 folders, 2 hidden folders left out".
+
+        A list of lines: the remark has one of its own where one line would be longer than 80 columns.
+        """
+        folders = len({os.path.dirname(path) for path, _ in self.samples})
+        counts = f"{_count(len(self), 'image', 'images')} in {_count(folders, 'folder', 'folders')}"
+        line = f"{self.root}: {counts}"
+        if not self.remark:
+            return [line]
+        together = f"{line}, {self.remark}"
+        return [together] if len(together) <= 80 else [line, f"  {self.remark}"]
+
 
 def image_folder(folder, split):
-    """The ImageFolder of `folder`/`split`: for every program the images of a data set, in their order.
+    """The ImageFolder of `folder`/`split`, whose folders are the classes: what needs labels lists by this.
 
     Classes and images have the order and the numbers of torchvision's ImageFolder. Raises UserError.
     """
     path = Path(folder) / split
-    if not Path(folder).is_dir():
-        raise UserError(
-            f"there is no folder {folder}; check --dataset_root and --dataset, or the folder you named"
-        )
-    if not path.is_dir():
+    _check_folder(folder)
+    if not os.path.isdir(path):
         raise UserError(
             f"{folder} has no folder {split}/; it needs train/ and val/ with one folder per class each"
         )
     left_out = Counter()
-    folders, outside = _entries(path, left_out)
-    left_out["images outside of class folders"] = len(outside)
-    # A link to a folder above it would repeat all images as a class. As the only class it may be meant:
-    # `ln -s . train/all` makes one of images that lie in train/.
-    classes = [entry for entry in folders if not _leads_back(entry)]
-    left_out["links to a folder above them"] = len(folders) - len(classes) if classes else 0
-    classes = sorted(entry.name for entry in classes or folders)
-    of_class = [images_below(os.path.join(path, name), left_out) for name in classes]
-
-    empty = [name for name, paths in zip(classes, of_class, strict=True) if not paths]
-    if empty or not classes:
+    of_class, loose = _by_folder(path, left_out)
+    empty = [name for name, paths in of_class.items() if not paths]
+    if empty or not of_class:
         lack = "no folder in it"
         if empty:
             such = empty[0]
-            lack = f"no image in {len(empty)} of its {len(classes)} class folders, such as {such}/"
-        outside = f"; images outside of class folders: {len(outside)}" if outside else ""
+            lack = f"no image in {len(empty)} of its {len(of_class)} class folders, such as {such}/"
+        outside = f"; images outside of class folders: {len(loose)}" if loose else ""
         raise UserError(
             f"{path} is not complete ({lack}{outside}): it needs a folder with images "
             f"({' '.join(IMG_EXTENSIONS)}) for each class; images without classes go into one folder, such "
             f"as {split}/all/"
         )
-    samples = [(image, number) for number, paths in enumerate(of_class) for image in paths]
-    counts = ", ".join(f"{what} {count}" for what, count in sorted(left_out.items()) if count)
-    clause = f"left out in {path}: {counts}" if counts else ""
-    return ImageFolder(str(path), classes, samples, clause)
+    left_out[OUTSIDE] = len(loose)
+    return _labeled(path, of_class, left_out)
+
+
+def pretraining_images(folder, listed=None):
+    """The ImageFolder of what pre-training takes: every program that needs no labels lists by this.
+
+    folder: of a data set; listed: None, or instead of the folder a text file that names images
+    (`listed_images`). With folder/train its class folders, in the order of `image_folder`, also when some
+    hold no image; images beside them are left out. Where it holds no such folders, and without folder/train,
+    all images below, without labels: first those beside all folders, then folder by folder in that same
+    order. So the order depends on relative paths alone. Raises UserError, also when there is no image.
+    """
+    if listed is not None:
+        return listed_images(listed)
+    _check_folder(folder)
+    train = os.path.join(folder, "train")
+    has_train = os.path.isdir(train)
+    path, left_out = Path(train if has_train else folder), Counter()
+    of_folder, loose = _by_folder(path, left_out, loose_too=not has_train)
+    with_images = {name: paths for name, paths in of_folder.items() if paths}
+    left_out[EMPTY] = len(of_folder) - len(with_images)
+    if has_train and with_images:
+        left_out[OUTSIDE] = len(loose)
+        return _labeled(path, with_images, left_out)
+    paths = [image for images in (loose, *with_images.values()) for image in images]
+    remark = _left_out(left_out)
+    if not paths:
+        raise UserError(
+            f"there is no image in {path} or in folders below it{f' ({remark})' * bool(remark)}; names of "
+            f"images end in {' '.join(IMG_EXTENSIONS)}"
+        )
+    return ImageFolder(str(path), [], [(image, 0) for image in paths], remark)
+
+
+def listed_images(path):
+    """The ImageFolder, without labels, of the image files that the text file `path` names, in its order.
+
+    Each line is a path, whatever its ending; relative ones start at the folder of `path`. The text is UTF-8,
+    in which names of other bytes may stand as they are. Blank lines are skipped; an image that is named
+    twice is taken twice. Raises UserError.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"--images takes a text file of paths; {path} is a folder: give it as DIR")
+    try:
+        if not os.path.isfile(path):  # os.stat below says why, if not that it is a pipe
+            os.stat(path)
+            raise UserError(f"--images: {path} is a pipe, but it is read more than once; save it in a file")
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            lines = [line.rstrip("\r\n") for line in file]
+    except OSError as error:
+        raise UserError(
+            f"--images: {path} cannot be read ({error.strerror}); give a text file with a path in each line"
+        ) from error
+    folder = os.path.dirname(path)
+    paths = {number: os.path.join(folder, line) for number, line in enumerate(lines, 1) if line.strip()}
+    if not paths:
+        raise UserError(f"--images: {path} names no image; it needs a path in each line")
+    wrong = [number for number, image in paths.items() if not os.path.isfile(image)]
+    if wrong:
+        image = paths[wrong[0]]
+        what = "a folder" if os.path.isdir(image) else "no file"
+        such = _count(len(wrong), "such line", "such lines")
+        raise UserError(
+            f"--images: line {wrong[0]} of {path} names {what}: {image[:200]} ({such} of {len(paths):,}); a "
+            "line is one path in UTF-8 and nothing else, absolute or relative to the list's folder"
+        )
+    repeated = len(paths) - len(set(map(os.path.normpath, paths.values())))
+    remark = f"{repeated:,} of them named before in the list" if repeated else ""
+    return ImageFolder(str(path), [], [(image, 0) for image in paths.values()], remark)
+
+
+def _check_folder(folder):
+    try:
+        if stat.S_ISDIR(os.stat(folder).st_mode):
+            return
+    except OSError as error:
+        raise UserError(
+            f"there is no folder {folder} ({error.strerror}); check the folder you named, or --dataset_root "
+            "and --dataset"
+        ) from error
+    raise UserError(f"{folder} is a file; give a folder, or for pre-training a list of images by --images")
+
+
+def _by_folder(path, left_out, loose_too=False):
+    """({name: paths of the images in it and below} of each folder in `path`, sorted; those of the images
+    beside them), as strings.
+
+    left_out: as in `images_below`. loose_too: whether the images beside folders are wanted, too.
+    """
+    folders, names = _entries(path, left_out)
+    # A link to a folder above it would repeat all images as a class. As the only class it may be meant:
+    # `ln -s . train/all` makes one of images that lie in train/.
+    kept = [entry for entry in folders if not _leads_back(entry)]
+    if kept or (loose_too and names):
+        left_out[LINKS] += len(folders) - len(kept)
+        folders = kept
+    of_folder = {
+        name: images_below(os.path.join(path, name), left_out)
+        for name in sorted(entry.name for entry in folders)
+    }
+    return of_folder, [os.path.join(path, name) for name in names]
+
+
+def _labeled(path, of_class, left_out):
+    samples = [(image, number) for number, paths in enumerate(of_class.values()) for image in paths]
+    return ImageFolder(str(path), list(of_class), samples, _left_out(left_out))
+
+
+def _left_out(left_out):
+    """A clause on a Counter of what is left out, or ""."""
+    *first, last = [_count(count, *what) for what, count in sorted(left_out.items()) if count] or [""]
+    return last and f"{', '.join(first)}{' and ' * bool(first)}{last} left out"
+
+
+def _count(count, one, several):
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def images_below(folder, left_out):
@@ -118,7 +243,7 @@ def images_below(folder, left_out):
         found.append((path, images))
         for entry in folders:
             if _leads_back(entry):
-                left_out["links to a folder above them"] += 1
+                left_out[LINKS] += 1
             else:
                 unseen.append(entry.path)
     return [os.path.join(path, name) for path, names in sorted(found) for name in names]
@@ -133,14 +258,16 @@ def _entries(folder, left_out):
                 hidden = entry.name.startswith(".")  # such as .ipynb_checkpoints, and macOS's ._photo.jpg
                 if _is_folder(entry):
                     if hidden or entry.name in SYSTEM_FOLDERS:
-                        left_out["hidden folders"] += 1
+                        left_out[HIDDEN_FOLDERS] += 1
                     else:
                         folders.append(entry)
                 elif entry.name.lower().endswith(IMG_EXTENSIONS):
                     if hidden:
-                        left_out["hidden files"] += 1
+                        left_out[HIDDEN_FILES] += 1
                     else:
                         images.append(entry.name)
+                elif not hidden:
+                    left_out[OTHER_FILES] += 1
     except OSError as error:
         raise UserError(
             f"{folder} cannot be listed ({error.strerror}); allow to read it, or remove it"

@@ -17,6 +17,7 @@ from torch import nn
 from moco.data.folders import image_folder, use_numbers_of_train
 from moco.data.loader import ValidationLoader
 from moco.encoders import base_encoder, on_meta_device
+from moco.errors import UserError
 from moco.evaluate.features import features_of
 from moco.shuffle import concat_all_gather
 from moco.trifeature import FACTORS, factor_of, is_combination
@@ -69,6 +70,15 @@ def labelings(train, val):
     return {"class": (same, same, len(same))}
 
 
+def labeled_val(images):
+    """The ImageFolder val/ for --knn, beside the ImageFolder train/ `images`. Raises UserError."""
+    folder = Path(images.root).parent
+    if not images.classes or not (folder / "val").is_dir():
+        lack = f"{folder} has no val/" if images.classes else f"{images.root} has no labels"
+        raise UserError(f"--knn needs train/ and val/ with a folder per class each, but {lack}; leave it out")
+    return image_folder(folder, "val")
+
+
 class KnnMonitor:
     """The percentage of val/ that an encoder in training classifies right, by nearest neighbors in train/.
 
@@ -83,12 +93,12 @@ class KnnMonitor:
 
         images: the ImageFolder train/, with val/ beside it; loading: how training loads them, keywords of
         ValidationLoader; autocast: makes the context of a forward pass; skip_bad: leave out images of train/
-        that cannot be read. Raises UserError when val/ is missing or has other classes.
+        that cannot be read. Raises UserError when labels or val/ are missing, or val/ has other classes.
         """
         self.every, self.epochs, self.rank, self.autocast = every, epochs, rank, autocast
         if not every:
             return
-        self.train, self.val, self.skip_bad = images, image_folder(Path(images.root).parent, "val"), skip_bad
+        self.train, self.val, self.skip_bad = images, labeled_val(images), skip_bad
         self.labels = labelings(self.train, self.val)
         batch_size = max(loading["batch_size"], BATCH_PIXELS // loading["size"] ** 2)
         self.loader = partial(ValidationLoader, **{**loading, "batch_size": batch_size})

@@ -144,7 +144,7 @@ def test_cpu_time_counts_that_of_children():
     ("words", "message"),
     [
         (["missing"], "there is no folder missing"),
-        (["EMPTY"], "holds no image; name a folder of photographs"),
+        (["EMPTY"], "there is no image in "),
         (["BAD"], "bad.jpg cannot be read as an image"),
         (["--images", "0"], "--images must be at least 1"),
         (["--workers", "-1"], "--workers must be at least 0"),

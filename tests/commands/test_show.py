@@ -47,15 +47,17 @@ def test_pairs_are_what_training_gets_to_the_pixel(folders, cli, monkeypatch):
     assert not np.array_equal(pictures(draw_sheet(cli, monkeypatch, *words))[1], first)
 
 
-def test_a_pair_comes_with_its_image_its_boxes_and_what_was_done(folders, cli, monkeypatch):
-    words = ["pairs", folders, "--image-size", "16", "--count", "3", "--aug-plus"]
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_pair_comes_with_its_image_its_boxes_and_what_was_done(folders, cli, monkeypatch, labels):
+    folder = folders if labels else folders / "train"  # the same images
+    words = ["pairs", folder, "--image-size", "16", "--count", "3", "--aug-plus"]
     figure = draw_sheet(cli, monkeypatch, *words)
     images = image_folder(folders, "train")
     for number in range(3):
         image_axis, *view_axes = figure.axes[3 * number : 3 * number + 3]
         index = int(image_axis.get_title(loc="left").removeprefix("image "))
         assert np.array_equal(pictures(figure)[3 * number], read_pixels(images.samples[index][0]))
-        assert texts(image_axis) == [class_name(images, index)]
+        assert texts(image_axis) == [images.samples[index][0].split("/")[-2 if labels else -1]]
         records = draw(moco_v2(), 40, 30, 0, 0, index)
         for record, box, axis in zip(records, image_axis.patches, view_axes, strict=True):
             place = (box.get_y() + 0.5, box.get_x() + 0.5, box.get_height(), box.get_width())
@@ -184,6 +186,10 @@ def test_sheets_are_written_and_not_written_over(folders, cli, tmp_path):
         (["pairs", "DATA", "--count", "25"], "--count 25 is more than the 24 images to choose from"),
         (["pairs", "BAD", "--count", "24"], "0.jpg cannot be read"),
         (["pairs"], "where are the images"),
+        (
+            ["neighbors", "untrained", "FLAT"],
+            "has no folder train/; it needs train/ and val/ with one folder",
+        ),
         (["neighbors", "untrained", "DATA", "-a", "resnet19"], "no classification model 'resnet19'"),
         (["neighbors", "untrained", "DATA", "-a", "resnet18", "--count", "10"], "more than the 9 images"),
         (["neighbors", "nothing.pth.tar", "DATA"], "there is no file nothing.pth.tar"),
@@ -194,6 +200,6 @@ def test_sheets_are_written_and_not_written_over(folders, cli, tmp_path):
 def test_wrong_use_is_one_sentence(words, sentence, folders, checkpoint, cli, tmp_path):
     bad = shutil.copytree(folders, tmp_path / "bad")
     (bad / "train" / "ant" / "0.jpg").write_bytes(b"no image")
-    paths = {"DATA": folders, "BAD": bad, "MOCO": checkpoint[1]}
+    paths = {"FLAT": folders / "val" / "ant", "DATA": folders, "BAD": bad, "MOCO": checkpoint[1]}
     refused(cli(show.main, *(paths.get(word, word) for word in words), "-o", tmp_path / "o.png"), sentence)
     assert list(tmp_path.iterdir()) == [bad]

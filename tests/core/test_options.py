@@ -27,7 +27,7 @@ PRETRAINING_DEFAULTS = (
     | {"epochs": 200, "lr": 0.03, "schedule": [120, 160], "weight_decay": 1e-4}
     | {"moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "mlp": False, "aug_plus": False}
     | {"cos": False, "method": None, "epsilon": None, "alpha": None, "crops_only": False, "bn_splits": 1}
-    | {"keep": 1, "save_freq": 0, "knn": 0, "tensorboard": False, "random_bits": 0}
+    | {"keep": 1, "save_freq": 0, "knn": 0, "tensorboard": False, "random_bits": 0, "images": None}
 )
 LINEAR_DEFAULTS = (
     SHARED_DEFAULTS
@@ -212,6 +212,7 @@ def test_settings_are_what_decides_the_numbers():
     assert (
         settings("A -j 3 -p 1 --keep 4 --knn 1 --output-dir X --cache decoded --dist-backend gloo") == plain
     )
+    assert settings("--images list.txt") == plain
     for flag in ("--lr 1", "-b 8", "--epochs 3", "--device-aug exact", "--method ifm", "--bn-splits 2"):
         assert settings(flag) != plain
     assert settings("--gray-range -1024 3071 A")["gray_range"] == [-1024, 3071]
@@ -251,6 +252,21 @@ WRONG_USE = {
         ("missing", "there is no folder missing"),
         ("DATA --dataset_root DATA", "give either DIR .* or --dataset_root, not both"),
         ("--dataset_root DATA", "there is no folder .*imagenet100"),
+        (
+            "DATA/val/ant/0.jpg",
+            "0.jpg is a file; give a folder, or for pre-training a list of images by",
+        ),
+        ("DATA/val/ant --knn 1", "--knn needs train/ and val/ .*, but .*/ant has no labels; leave it out"),
+        (
+            "--images DATA/list.txt --knn 1",
+            "--knn needs labels, which a list of --images does not have; leave",
+        ),
+        (
+            "--images DATA/list.txt DATA",
+            "--images takes the place of DIR, --dataset_root and --dataset; give",
+        ),
+        ("--images DATA/list.txt --dataset trifeature", "--images takes the place of DIR"),
+        ("--images DATA/list.txt", "list.txt cannot be read .No such file"),
         ("DATA -a resnet5", "no classification model 'resnet5'; did you mean resnet50?"),
         ("DATA -a inception_v3 --image-size 64", "inception_v3 cannot take --image-size 64 "),
         ("DATA -b 25", "has 24 images, fewer than a step's 25"),
@@ -269,6 +285,7 @@ WRONG_USE = {
     ],
     main_lincls: [
         ("", "where are the images?"),
+        ("DATA/val", "val has no folder train/; it needs train/ and val/ with one folder per class each"),
         ("DATA -a googlenet --image-size 8", "googlenet cannot take --image-size 8 "),
         ("DATA --pretrained missing.pth.tar", "missing.pth.tar"),
         ("DATA --pretrained DATA/val/ant/0.jpg", "not a checkpoint"),

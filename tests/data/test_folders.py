@@ -12,10 +12,12 @@ from moco import loader as published
 from moco import trifeature
 from moco.data.folders import (
     EpochBatches,
+    ImageFolder,
     data_folder,
     image_folder,
     labeled_folders,
     paths_of,
+    pretraining_images,
     targets_of,
 )
 from moco.errors import UserError
@@ -85,7 +87,8 @@ def test_images_classes_and_numbers_are_torchvisions(tmp_path):
     (train / "b" / "nowhere.png").symlink_to("gone")
     (train / "b" / "itself.png").symlink_to("itself.png")
     assert listed(tmp_path) == as_torchvision(train)
-    assert len(image_folder(tmp_path, "train")) == 17 and image_folder(tmp_path, "train").left_out == ""
+    assert len(image_folder(tmp_path, "train")) == 17
+    assert image_folder(tmp_path, "train").remark == "1 other file left out"  # notes.txt
 
 
 def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
@@ -96,11 +99,13 @@ def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
     folders = ("ant/.ipynb_checkpoints", ".ipynb_checkpoints", "__MACOSX", "bee/@eaDir", "lost+found")
     touch(*(train / name for name in (*hidden, "ant/.DS_Store", *(f"{name}/0.jpg" for name in folders))))
     assert listed(tmp_path) == before != as_torchvision(train)
-    left_out = image_folder(tmp_path, "train").left_out
-    assert left_out == f"left out in {train}: hidden files 3, hidden folders 5"
+    remark = image_folder(tmp_path, "train").remark
+    assert remark == "3 hidden files and 5 hidden folders left out"
     touch(train / "3.jpg", train / "4.jpg")
     assert listed(tmp_path) == before
-    assert image_folder(tmp_path, "train").left_out.endswith(", images outside of class folders 2")
+    remark = image_folder(tmp_path, "train").remark
+    assert remark.endswith(", 5 hidden folders and 2 images outside of class folders left out")
+    assert pretraining_images(tmp_path) == image_folder(tmp_path, "train")
 
 
 def test_a_data_set_in_a_hidden_folder_is_listed(tmp_path):
@@ -128,7 +133,7 @@ def test_a_link_to_a_folder_above_it_adds_no_image(tmp_path, link, target, monke
         monkeypatch.chdir(tmp_path)
         images = image_folder(folder, "train")
         assert [os.path.abspath(path) for path, _ in images.samples] == [path for path, _ in before[0]]
-        assert images.left_out.endswith("train: links to a folder above them 1")
+        assert images.remark == "1 link to a folder above it left out"
     if link.startswith("ant") and target in (".", ".."):  # negative control
         assert len(as_torchvision(train)[0]) > 40
     (tmp_path / "other").symlink_to(train.parent)
@@ -163,6 +168,94 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)  # root may list everything
     with pytest.raises(UserError, match=r"train/ant/sub cannot be listed \(Permission denied\); allow"):
         image_folder(tmp_path, "train")
+
+
+def below(folder, images):
+    return [os.path.relpath(path, folder) for path in paths_of(images)]
+
+
+def test_of_class_folders_pretraining_takes_the_same_with_train_or_without(tmp_path):
+    names = ("b/2.jpg", "b/10.jpg", "b/sub/x.png", "b/sub-2/x.png", "b-c/x.png", "B/a.webp")
+    touch(*(tmp_path / "train" / name for name in names))
+    labeled = pretraining_images(tmp_path)
+    assert labeled == image_folder(tmp_path, "train") and labeled.classes == ["B", "b", "b-c"]
+    without = pretraining_images(tmp_path / "train")
+    assert paths_of(without) == paths_of(labeled) and (without.classes, set(without.targets)) == ([], {0})
+    assert without.summary() == [f"{tmp_path}/train: 6 images in 5 folders"]
+    (tmp_path / "train" / "empty").mkdir()  # needs no image, unlike a class
+    assert paths_of(pretraining_images(tmp_path)) == paths_of(labeled)
+    assert pretraining_images(tmp_path).remark == "1 folder without images left out"
+
+
+def test_without_class_folders_pretraining_takes_all_images_below(tmp_path):
+    names = ["2.png", "a.jpg", "B/x.jpg", "b/a.jpg", "b/c/a.jpg", "b-c/a.jpg"]
+    for root in (tmp_path / "there", tmp_path / "here" / "again"):
+        touch(*(root / name for name in reversed(names)), root / ".b" / "a.jpg", root / "b" / "a.csv")
+        (root / "b" / "loop").symlink_to("..")
+        assert below(root, pretraining_images(root)) == names
+    left_out = "1 hidden folder, 1 link to a folder above it and 1 other file left out"
+    assert pretraining_images(root).summary() == [f"{root}: 6 images in 5 folders", f"  {left_out}"]
+
+    (root / "train").mkdir()
+    with pytest.raises(
+        UserError, match=r"there is no image in .*/train or .*; names of images end in \.jpg "
+    ):
+        pretraining_images(root)
+    touch(root / "train" / "x.jpg", root / "train" / "y.jpg")
+    assert below(root, pretraining_images(root)) == ["train/x.jpg", "train/y.jpg"]
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        pretraining_images(root / "a.jpg")
+
+
+def test_thousands_have_commas_in_the_summary():
+    samples = [(f"DIR/{number % 3}/{number}.jpg", 0) for number in range(12_345)]
+    images = ImageFolder("DIR", [], samples, "2 hidden folders left out")
+    assert images.summary() == ["DIR: 12,345 images in 3 folders, 2 hidden folders left out"]
+
+
+def write_list(path, *lines):
+    path.write_bytes(b"".join(map(os.fsencode, lines)))
+    return str(path)
+
+
+def test_a_list_names_images_in_its_own_order(tmp_path, monkeypatch):
+    caf = os.fsdecode(b"caf\xe9.jpg")  # no UTF-8
+    touch(*(tmp_path / "images" / name for name in ("a.jpg", "b/b b.dat", caf, "c.jpg")))
+    lines = ("\ufeffc.jpg\r\n", "\r\n", "b/b b.dat\n", "  \n", f"{tmp_path}/images/a.jpg\n", f"{caf}")
+    path = write_list(tmp_path / "images" / "list.txt", *lines)
+    images = pretraining_images(None, path)
+    assert below(tmp_path / "images", images) == ["c.jpg", "b/b b.dat", "a.jpg", caf]
+    assert images.summary() == [f"{path}: 4 images in 2 folders"] and images.classes == []
+    monkeypatch.chdir(tmp_path / "images")
+    assert below(".", pretraining_images(None, "list.txt")) == ["c.jpg", "b/b b.dat", "a.jpg", caf]
+    write_list(tmp_path / "images" / "list.txt", "a.jpg\n", "c.jpg\n", "./a.jpg\n")
+    twice = pretraining_images(None, "list.txt")
+    assert len(twice) == 3 and twice.remark == "1 of them named before in the list"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "names no image; it needs a path in each line"),
+        (["\n \n"], "names no image; it needs a path in each line"),
+        (
+            ["a.jpg\n", "\n", "x.jpg\n", "y.jpg"],
+            r"line 3 of .* names no file: .*/x.jpg \(2 such lines of 3\)",
+        ),
+        (["a.jpg 0\n"], r"line 1 of .* names no file: .*/a.jpg 0 \(1 such line of 1\)"),
+        (["a.jpg\n", "sub\n"], "line 2 of .* names a folder: .*/sub "),
+        (["a\0.jpg\n"], r"names no file: .*/a\\x00.jpg "),
+        ("sub", "takes a text file of paths; .*sub is a folder: give it as DIR"),
+        ("gone", r"gone cannot be read \(No such file"),
+        ("pipe", "pipe is a pipe, but it is read more than once; save it in a file"),
+    ],
+)
+def test_a_list_that_does_not_name_images_is_refused(tmp_path, lines, message):
+    touch(tmp_path / "a.jpg", tmp_path / "sub" / "b.jpg")
+    os.mkfifo(tmp_path / "pipe")
+    name = lines if isinstance(lines, str) else write_list(tmp_path / "list.txt", *lines)
+    with pytest.raises(UserError, match=message):
+        pretraining_images(None, str(tmp_path / name))
 
 
 def test_class_numbers_are_those_of_train(tmp_path):

@@ -169,5 +169,12 @@ def test_other_classes_in_val_are_refused_before_training(tmp_path, cli):
     code, output, errors = cli(main_moco.main, *words, "--knn", "1")
     assert code == 2 and "Epoch" not in output and errors.count("\n") == 1
     assert "class cat is in" in errors and "leave out --knn" in errors
+    (tmp_path / "val").rename(tmp_path / "test")
+    errors = cli(main_moco.main, *words, "--knn", "1")[2]
+    assert (
+        f"--knn needs train/ and val/ with a folder per class each, but {tmp_path} has no val/; leave"
+        in errors
+    )
+    (tmp_path / "test").rename(tmp_path / "val")
     with pytest.raises(UserError, match="class cat is in .* leave out --knn"):
         labelings(image_folder(tmp_path, "train"), image_folder(tmp_path, "val"))

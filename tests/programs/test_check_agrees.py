@@ -9,6 +9,7 @@ from odd_images import encoded, photograph
 from started_runs import run
 
 from moco import check
+from moco.data.folders import image_folder, pretraining_images
 
 
 def images_beside_no_class(root):
@@ -16,6 +17,17 @@ def images_beside_no_class(root):
         image.rename(root / "train" / image.name)
     for name in ("ant", "bee", "cat"):
         shutil.rmtree(root / "train" / name)
+
+
+def no_class_folders(root):
+    (root / "train").rename(root / "photos")
+    (root / "photos" / "ant" / ".thumbnails").mkdir()
+    shutil.copy(root / "val" / "ant" / "0.jpg", root)
+
+
+def no_image(root):
+    shutil.rmtree(root / "train")
+    (root / "train" / "ant").mkdir(parents=True)
 
 
 def an_empty_class(root):
@@ -60,9 +72,11 @@ def nothing(root):
 
 
 STARTS = {  # whether pre-training and linear evaluation start
-    images_beside_no_class: (False, False),
-    an_empty_class: (False, False),
-    a_class_of_hidden_files: (False, False),
+    no_image: (False, False),
+    images_beside_no_class: (True, False),
+    no_class_folders: (True, False),
+    an_empty_class: (True, False),
+    a_class_of_hidden_files: (True, False),
     an_empty_class_in_val: (True, False),
     a_class_that_train_lacks: (True, False),
     no_val: (True, False),
@@ -71,6 +85,10 @@ STARTS = {  # whether pre-training and linear evaluation start
     a_link_that_leads_back: (True, True),
     nothing: (True, True),
 }
+LEAVE_OUT = (
+    *(no_class_folders, an_empty_class, a_class_of_hidden_files),
+    *(hidden_folders, a_link_that_leads_back),
+)
 
 
 @pytest.mark.parametrize("change", STARTS)
@@ -87,10 +105,14 @@ def test_check_says_what_the_programs_do(folders, tmp_path, cli, run_ranks, chan
     code, output, _ = cli(check.main, root, "-j", "0")
     assert ("pre-training will start" in output) == (starts[0] and code == 0)
     assert ("linear evaluation will start" in output) == starts[1]
-    assert code == (0 if all(starts) or change is no_val else 1 if starts[0] else 2)
+    without_labels = change in (no_val, images_beside_no_class, no_class_folders)
+    assert code == (0 if all(starts) or without_labels else 1 if starts[0] else 2)
+    assert ("linear evaluation needs " in output) == without_labels
     if starts[0]:  # the same images, and the same words on what is left out
-        assert "train: images 24, classes 3" in output and f"24 images of {root}" in said.splitlines()
-        left_out = [line.strip() for line in output.splitlines() if "left out in " in line]
-        assert [line for line in said.splitlines() if line.startswith("left out in ")] == left_out[:1]
-        assert not starts[1] or all(line in linear.splitlines() for line in left_out)
-        assert bool(left_out) == (change in (hidden_folders, a_link_that_leads_back))
+        summary = pretraining_images(root).summary()
+        assert output.splitlines()[: len(summary)] == summary
+        assert all(line in said.splitlines() for line in summary)
+        assert ("left out" in summary[-1]) == (change in LEAVE_OUT)
+        for split in ("train", "val") * starts[1]:
+            lines = image_folder(root, split).summary()
+            assert all(line in text.splitlines() for line in lines for text in (linear, output))

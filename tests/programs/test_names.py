@@ -70,7 +70,7 @@ def test_pretraining(odd, tmp_path, escaped):
     if not escaped:
         return
     assert all(f"{name}/{name}.jpg cannot be read" in said for name in ESCAPED[:3])
-    assert rf"27 images of {tmp_path}/\u202eright to left" in said
+    assert rf"{tmp_path}/\u202eright to left/train: 27 images" in said
     start = strict_json((out / "log.jsonl").read_text(encoding="ascii").splitlines()[0])
     assert start["command"][-1] == rf"{tmp_path}/\u202eright to left"
     again = run(*words, odd, "--epochs", "2", "--resume", "auto")

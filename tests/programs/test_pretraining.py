@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from started_runs import at_step, run, send
 from written_logs import NUMBERS, expected_scalars, lines_of, scalars
 
 import main_moco
+from moco.data.folders import paths_of, pretraining_images
 
 STEP = re.compile(
     r"Epoch: \[\d\]\[\d/\d\]\tTime +[\d.]+ \( *[\d.]+\)\tData +[\d.]+ \( *[\d.]+\)\tLoss \d\.\d{4}e[+-]\d\d "
@@ -162,6 +164,40 @@ def test_a_stop_while_evaluating_or_within_an_epoch_leaves_no_gap_in_log_and_cur
         assert {k: v for k, v in entry.items() if k not in times} == {
             k: v for k, v in other.items() if k not in times
         }
+
+
+def test_unlabeled_images_train_wherever_they_lie_and_by_a_list(folders, tmp_path, cli):
+    """Images beside a nested folder, a corrupt file and a hidden folder."""
+    photos = tmp_path / "photos"
+    shutil.copytree(folders / "train" / "ant", photos)
+    shutil.copytree(folders / "train" / "bee", photos / "2024" / "may")
+    (photos / "2024" / "bad.jpg").write_bytes(b"no image")
+    (photos / ".thumbnails").mkdir()
+    (photos / ".thumbnails" / "0.jpg").write_bytes(b"no image")
+
+    def trained(*words, code=0):
+        out = [*TINY, "--epochs", "2", "-b", "17", "--output-dir", tmp_path / "out", "--overwrite"]
+        ended, *said = cli(main_moco.main, *out, *words)
+        assert ended == code, said
+        return said
+
+    errors = trained(photos, code=2)[1]
+    assert f"{photos}/2024/bad.jpg cannot be read" in errors and errors.count("\n") == 1
+    output, errors = trained(photos, "--on-bad-image", "skip")
+    assert f"{photos}: 17 images in 3 folders" in output and "1 hidden folder left out" in output
+    assert "bad image: " in errors
+    losses, names = (
+        losses_of(output),
+        [path[len(f"{photos}/") :] for path in paths_of(pretraining_images(photos))],
+    )
+    assert len(set(losses)) == 2 and names[-9:-7] == ["2024/bad.jpg", "2024/may/0.jpg"]
+
+    there = photos.rename(tmp_path / "elsewhere")
+    assert losses_of(trained(there, "--on-bad-image", "skip")[0]) == losses
+    (there / "list.txt").write_text("\n".join(names))
+    assert losses_of(trained("--images", there / "list.txt", "--on-bad-image", "skip")[0]) == losses
+    (there / "list.txt").write_text("\n".join(reversed(names)))  # negative control: the order counts
+    assert losses_of(trained("--images", there / "list.txt", "--on-bad-image", "skip")[0]) != losses
 
 
 def test_what_is_not_printed_is_not_computed(folders, tmp_path, cli, monkeypatch):
