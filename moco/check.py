@@ -171,10 +171,10 @@ def main():
     parser = Parser(
         prog="python -m moco.check",
         description="Read every image of a data set as training would, and name the bad ones.",
-        epilog="Exit code 0: training and linear evaluation can use the data set; 1: they cannot, and the "
-        "last lines say why; 2: wrong use. Nothing is written.",
+        epilog="Exit code 0: pre-training and, with labels and val/, linear evaluation can use the data set; "
+        "1: they cannot, and the last lines say why; 2: wrong use. Nothing is written.",
     )
-    parser.add_argument("folder", metavar="DIR", nargs="?", help="data set, as for the programs")
+    parser.add_argument("folder", metavar="DIR", nargs="?", help="images as for pre-training, and val/")
     parser.add_argument("--images", metavar="LIST", help="instead of DIR, as for main_moco.py")
     parser.add_argument(
         "-j", "--workers", type=int, metavar="N", help="processes that read (default: one per core)"

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import stat
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ class ImageFolder:
     def summary(self):
         """For the start of a run: "DIR: 12,345 images in 3 folders, 2 hidden folders left out".
 
-        A list of lines: the remark has one of its own where one line would be longer than 80 columns.
+        A list of lines: the remark has lines of its own where one line would be longer than 80 columns.
         """
         folders = len({os.path.dirname(path) for path, _ in self.samples})
         counts = f"{_count(len(self), 'image', 'images')} in {_count(folders, 'folder', 'folders')}"
@@ -83,7 +84,9 @@ class ImageFolder:
         if not self.remark:
             return [line]
         together = f"{line}, {self.remark}"
-        return [together] if len(together) <= 80 else [line, f"  {self.remark}"]
+        if len(together) <= 80:
+            return [together]
+        return [line, *textwrap.wrap(self.remark, 80, initial_indent="  ", subsequent_indent="    ")]
 
 
 def image_folder(folder, split):
