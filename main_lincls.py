@@ -163,7 +163,7 @@ def evaluate(rank, args):
 
     start = {"epoch": first_epoch, "step": 0, "steps": len(loader), "settings": settings, **data}
     log = RunLog(args.output_dir, "linear.jsonl", rank, chance=math.log(len(classes)), **start)
-    with log, StopRequest(rank) as stop:  # SIGTERM, SIGINT, SIGUSR1: leave the epoch, exit code 75
+    with log, StopRequest(rank) as stop:  # SIGTERM, Ctrl-C and others: leave the epoch, exit code 75
         for epoch in range(first_epoch, args.epochs):
             set_learning_rates(optimizer, epoch, args)
             meters = Meters(f"Epoch: [{epoch}]", len(loader), rank, shown=results.leader)

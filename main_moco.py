@@ -130,7 +130,7 @@ def pretrain(rank, args):
     start = {"epoch": first_epoch, "step": step, "steps": len(loader), "settings": settings, "chance": chance}
     log = RunLog(args.output_dir, "log.jsonl", rank, tensorboard=args.tensorboard, **start, **data)
     entries = {"arch": args.arch, "seed": seed, "settings": settings, "data": data}  # of every checkpoint
-    with log, StopRequest(rank) as stop:  # SIGTERM, SIGINT, SIGUSR1: save after the step, exit code 75
+    with log, StopRequest(rank) as stop:  # SIGTERM, Ctrl-C and others: save after the step, exit code 75
         for epoch in range(first_epoch, args.epochs):
             set_learning_rate(optimizer, epoch, args)
             meters = Meters(f"Epoch: [{epoch}]", len(loader), rank, step, sums)

@@ -5,7 +5,9 @@ A file's name is bytes: it may be no UTF-8, hold line breaks, or codes that a te
 
 import argparse
 import contextlib
+import errno
 import os
+import re
 import shlex
 import sys
 
@@ -29,7 +31,17 @@ class DivergedError(UserError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line below the usage, whatever was given."""
+    """argparse's, whose errors are one line below the usage, whatever was given.
+
+    `~` is the home folder also where shells leave it: in `--output-dir=~/x` and in quotes.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        parts = (re.fullmatch(r"(--[\w-]+=)?(.*)", str(arg), re.DOTALL).groups("") for arg in args)
+        return super().parse_known_args(
+            [flag + os.path.expanduser(value) for flag, value in parts], namespace
+        )
 
     def error(self, message):
         super().error(printable(message))
@@ -88,6 +100,7 @@ def run_program(main, name=None):
     escape_output()
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         say(f"{name or os.path.basename(sys.argv[0])}: error: {error}", sys.stderr)
         sys.exit(error.exit_code)
@@ -99,6 +112,13 @@ def run_program(main, name=None):
         _silence(sys.stdout)
         _silence(sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:  # of a file, it is named
+            raise
+        _silence(sys.stdout)
+        program = name or os.path.basename(sys.argv[0])
+        say(f"{program}: error: no space left for standard output or a file; make room", sys.stderr)
+        sys.exit(2)
 
 
 def _silence(stream):

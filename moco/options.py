@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moco import losses
-from moco.errors import UserError, first_line
+from moco.errors import Parser, UserError, first_line
 
 # Flags that say where and how a run is carried out, not what it computes. All others are its settings.
 NOT_SETTINGS = (
@@ -19,6 +19,7 @@ NOT_SETTINGS = (
     *("folder", "dataset_root", "dataset", "workers", "cache", "output_dir", "overwrite", "pretrained"),
     *("resume", "evaluate", "keep", "save_freq", "print_freq", "knn", "tensorboard", "start_epoch", "fast"),
     *("rank", "gpu", "multiprocessing_distributed", "world_size", "dist_url", "dist_backend"),
+    "local_rank",
 )
 
 
@@ -59,6 +60,7 @@ def pretraining(arguments=None):
     add("--recolor", action=_Removed, advice="vary the data or use --crops-only")
     args = parser.parse_args(arguments)
 
+    _take_folder(args, "--schedule", args.schedule)
     _check(args)
     if args.images is not None:
         if args.folder or args.dataset_root or args.dataset != parser.get_default("dataset"):
@@ -95,7 +97,7 @@ def linear_evaluation(arguments=None):
     add(
         "--lr",
         "--learning-rate",
-        type=_number_or_word,
+        type=_or_folder(_above_0),
         nargs="+",
         default=[30.0],
         metavar="X",
@@ -106,15 +108,9 @@ def linear_evaluation(arguments=None):
     _add_processes(parser)
     args = parser.parse_args(arguments)
 
-    if isinstance(args.lr[-1], str) and args.folder is None:  # --lr 30 DIR
-        *args.lr, args.folder = args.lr
-    if not args.lr:
-        raise UserError("argument --lr/--learning-rate: expected a number before the folder")
+    _take_folder(args, "--schedule", args.schedule)
+    _take_folder(args, "--lr/--learning-rate", args.lr)
     for lr in args.lr:
-        if isinstance(lr, str):
-            raise UserError(f"argument --lr/--learning-rate: {lr!r} is not a number")
-        if not 0 < lr < math.inf:
-            raise UserError(f"argument --lr/--learning-rate: must be above 0, not {lr:g}")
         if args.lr.count(lr) > 1:
             raise UserError(f"argument --lr/--learning-rate: {lr:g} is given twice; give each value once")
     _check(args)
@@ -192,6 +188,7 @@ def processes(args):
         "backend": args.dist_backend,
         "spawn": args.multiprocessing_distributed,
         "gpu": args.gpu,
+        "local_rank": args.local_rank,
     }
 
 
@@ -271,7 +268,13 @@ def _add_training(parser, epochs, schedule, weight_decay):
     add("--epochs", type=_at_least(1), default=epochs, help="of the whole run")
     add("--start-epoch", type=_at_least(0), default=0, help="number of the first epoch")
     add("-b", "--batch-size", type=_at_least(1), default=256, help="images per step of this node's processes")
-    add("--schedule", type=_at_least(0), nargs="*", default=schedule, help="epochs of learning rate x 0.1")
+    add(
+        "--schedule",
+        type=_or_folder(_at_least(0)),
+        nargs="*",
+        default=schedule,
+        help="epochs of learning rate x 0.1",
+    )
     add("--momentum", type=_at_least(0, float), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=_at_least(0, float), default=weight_decay, help="weight decay")
     add("--seed", type=_between(0, 2**63 - 1, int), help="same seed, same run (default: drawn and printed)")
@@ -296,13 +299,19 @@ def _add_run(parser, written):
 
 
 def _add_processes(parser):
-    add = parser.add_argument_group("processes (no flag for one process or under torchrun)").add_argument
+    add = parser.add_argument_group("processes (no flag for one process or under a launcher)").add_argument
     add("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
     add("--rank", type=int, default=-1, metavar="N", help="index of this node (default: 0)")
     add("--dist-url", metavar="URL", help="tcp://HOST:PORT of the node of --rank 0 (default: a free port)")
     add("--dist-backend", metavar="NAME", help="nccl or gloo (default: nccl on GPUs)")
     add("--gpu", type=int, metavar="N", help="use this GPU only")
+    add(
+        "--local-rank",
+        "--local_rank",
+        type=_at_least(0),
+        help="as the variable LOCAL_RANK; torch.distributed.launch and deepspeed add it",
+    )
 
 
 def _check(args):
@@ -320,7 +329,7 @@ def _check(args):
         raise UserError("--overwrite removes what --resume auto continues from: give one of the two")
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Raises UserError instead of printing the usage."""
 
     def __init__(self, description):
@@ -395,11 +404,29 @@ def _bounded(kind, bounds, is_inside):
 _above_0 = _bounded(float, "above 0", lambda value: 0 < value < math.inf)
 
 
-def _number_or_word(text):
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _or_folder(number):
+    """A `type` for argparse: the `type` number or, for what is none, the text (see `_take_folder`)."""
+
+    def parse(text):
+        try:
+            float(text)
+        except ValueError:
+            return text
+        return number(text)
+
+    parse.__name__ = number.__name__
+    return parse
+
+
+def _take_folder(args, flag, values):
+    """Make DIR args.folder where it is the last of the flag's numbers, as in `--schedule 30 40 DIR`."""
+    if values and isinstance(values[-1], str) and args.folder is None:
+        args.folder = values.pop()
+        if not values and flag.startswith("--lr"):
+            raise UserError(f"argument {flag}: expected a number before the folder")
+    for value in values:
+        if isinstance(value, str):
+            raise UserError(f"argument {flag}: {value!r} is not a number")
 
 
 def _word(*words, **removed):

@@ -108,7 +108,10 @@ def photographs(folder, count):
 
 def described(paths, folder):
     """Number, size and source of the images in words. Raises UserError that names a bad one."""
-    height, width, _ = np.mean([decode.read_pixels(path).shape for path in paths], axis=0)
+    try:
+        height, width, _ = np.mean([decode.read_pixels(path).shape for path in paths], axis=0)
+    except UserError as error:  # whose advice may be a flag of other programs
+        raise UserError(f"{str(error).rpartition('; ')[0]}; name a folder of photographs") from error
     kilobytes = np.mean([os.path.getsize(path) for path in paths]) / 1000
     source = f"of {printable(folder)}" if folder else "made to be like photographs"
     return f"{len(paths)} {source} ({width:.0f} x {height:.0f} and {kilobytes:.0f} KB on average)"

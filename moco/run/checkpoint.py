@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from moco.errors import UserError, first_line, shell_word
-from moco.files import LOCK, Lock, atomic_file
+from moco.files import atomic_file
+from moco.lock import LOCK, Lock
 
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 WRAPPER_PREFIX = "module."  # of DistributedDataParallel, in front of the names in published files

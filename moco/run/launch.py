@@ -1,8 +1,8 @@
 """The processes of a run: how they start, who each one is, and what they send each other.
 
-Every start comes down to the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE): a
-spawned process gets them from its parent. Without them a process is a world of one. Nothing outside this
-module and moco.shuffle asks whether a run is distributed.
+Every start comes down to the variables that torchrun and others set (RANK, WORLD_SIZE, LOCAL_RANK,
+LOCAL_WORLD_SIZE): a spawned process gets them from its parent. Without them a process is a world of one.
+Nothing outside this module and moco.shuffle asks whether a run is distributed.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco.errors import UserError, escape_output, first_line, say
 from moco.run.resources import available_cores
-from moco.run.signals import EXIT_CODE, SIGNALS, exit_on_signal
+from moco.run.signals import EXIT_CODE, SIGNALS, exit_on_signal, heard
 
 TIMEOUT = 900.0  # seconds until a process that meets nobody gives up
 SILENCE = 20.0  # seconds of waiting before it says so
@@ -39,6 +39,13 @@ SILENCE = 20.0  # seconds of waiting before it says so
 PATIENCE = timedelta(hours=2)
 GRACE = 5.0  # seconds that ranks get to end by themselves after one of them failed
 PACKAGE = Path(__file__).resolve().parent.parent
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what processes need that meet by env://
+LAUNCHERS = {  # the variables in which each says which process this is, of how many, and which of its machine
+    "the environment": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+}
 
 
 @dataclass(frozen=True)
@@ -152,13 +159,17 @@ def _with_strides(strides, gradient):
     return gradient.as_strided(gradient.shape, strides) if gradient.stride()[:2] == strides[:2] else gradient
 
 
-def launch(worker, args, *, nodes=-1, node_rank=-1, url=None, backend=None, spawn=False, gpu=None):
+def launch(
+    worker, args, *, nodes=-1, node_rank=-1, url=None, backend=None, spawn=False, gpu=None, local_rank=None
+):
     """Call `worker(rank, args)` in every process that belongs to this start of the program.
 
-    nodes, node_rank, url, backend, spawn, gpu: --world-size, --rank, --dist-url, --dist-backend,
-    --multiprocessing-distributed and --gpu. `worker` must be importable by name. Raises UserError.
+    nodes, node_rank, url, backend, spawn, gpu, local_rank: --world-size, --rank, --dist-url, --dist-backend,
+    --multiprocessing-distributed, --gpu and --local-rank. `worker` must be importable by name. Raises
+    UserError.
     """
     _check_devices(backend, gpu)
+    _set_local_rank(local_rank)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if spawn or nodes != -1 or node_rank != -1 or url not in (None, "env://") or gpu is not None:
             raise UserError(
@@ -167,9 +178,11 @@ def launch(worker, args, *, nodes=-1, node_rank=-1, url=None, backend=None, spaw
             )
         _stop_with_parent()
         return _run(worker, args, "env://", backend, None)
+    if nodes == node_rank == -1 and not (spawn and url) and _is_one_of_several(spawn, url):
+        return _run(worker, args, "env://", backend, gpu)
     if url == "env://":
-        nodes = _from_environment("WORLD_SIZE") if nodes == -1 else nodes
-        node_rank = _from_environment("RANK") if node_rank == -1 else node_rank
+        nodes = _whole_number("WORLD_SIZE") if nodes == -1 else nodes
+        node_rank = _whole_number("RANK") if node_rank == -1 else node_rank
     nodes = max(nodes, 1)
     if not spawn and nodes == 1:
         return _run(worker, args, None, backend, gpu)
@@ -283,7 +296,7 @@ def _wait_for_device(seconds):
 def _join(url, backend, gpu):
     """Enter the process group at `url` (None: a world of one); this process's Rank."""
     has_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if url else 0
+    local_rank = _whole_number("LOCAL_RANK", 0) if url else 0
     index = gpu if gpu is not None else local_rank
     if gpu is None and torch.cuda.device_count() == 1:
         index = 0  # a launcher may show each process its own GPU alone
@@ -298,23 +311,25 @@ def _join(url, backend, gpu):
     if url is None:
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
         return Rank.alone(device)
-    missing = [
-        name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE") if name not in os.environ
-    ]
+    missing = [name for name in MEETING if name not in os.environ]
     if url == "env://" and missing:
         raise UserError(
             f"--dist-url env:// needs the variables {', '.join(missing)}; set them or use torchrun"
         )
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world_size = _whole_number("RANK"), _whole_number("WORLD_SIZE")
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"the variable RANK must be between 0 and {world_size - 1}, as WORLD_SIZE says, not {rank}"
+        )
+    local_world_size = _whole_number("LOCAL_WORLD_SIZE", 0)  # 0: not said
     _meet(url, rank, world_size, local_world_size, backend or ("nccl" if has_gpu else "gloo"))
     cpu_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
     found = Rank(rank, world_size, local_rank, local_world_size, 1, device, cpu_group)
     found.check_same({"torch": torch.__version__, "code": code_hash()})
     if has_gpu:
         _check_own_gpu(found)
-    machines = found.all_gather(socket.gethostname())
-    found = replace(found, host_processes=machines.count(socket.gethostname()))
+    here = found.all_gather(socket.gethostname()).count(socket.gethostname())
+    found = replace(found, host_processes=here, local_world_size=local_world_size or here)
     if device.type == "cpu":
         torch.set_num_threads(found.cores)
     return found
@@ -432,7 +447,7 @@ def _signals_passed_on(pids, passed_on):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in heard()}
     try:
         yield
     finally:
@@ -446,9 +461,53 @@ def _stop_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _from_environment(name):
-    """The whole number in the variable `name`, as --dist-url env:// reads WORLD_SIZE and RANK."""
+def _set_local_rank(flag):
+    """Set the variable LOCAL_RANK, unless it is set, to --local-rank or to what a launcher says."""
+    given = os.environ.get("LOCAL_RANK")
+    if flag is not None and given not in (None, str(flag)):
+        raise UserError(f"--local-rank is {flag} and the variable LOCAL_RANK is {given}; leave the flag out")
+    said = [os.environ[local] for *_, local in LAUNCHERS.values() if local in os.environ]
+    if flag is not None or said:
+        os.environ["LOCAL_RANK"] = said[0] if flag is None else str(flag)
+
+
+def _is_one_of_several(spawn, url):
+    """Whether a launcher that is not torchrun has started several processes, of which this is one.
+
+    Raises UserError when it has, and does not say where they meet, or the flag `spawn` would start more.
+    """
+    for who, (rank, world_size, local) in LAUNCHERS.items():
+        if rank not in os.environ or world_size not in os.environ or _whole_number(world_size) == 1:
+            continue
+        which = f"{who} says that this is process {_whole_number(rank)} of {_whole_number(world_size)}"
+        host, alone = "HOST being that of process 0", "for a run of this process alone add --world-size 1"
+        if spawn:
+            raise UserError(
+                f"{which}: if each of them is a node, add --world-size ${world_size} --rank ${rank} "
+                f"--dist-url tcp://HOST:29500, {host}; if each has a GPU, leave out "
+                f"--multiprocessing-distributed; {alone}"
+            )
+        if all(name in os.environ for name in MEETING):
+            return True
+        if who == "the environment":
+            if url:  # whose own message names what is missing
+                return False
+            variables = ""
+        else:
+            variables = f"RANK=${rank} WORLD_SIZE=${world_size} "
+            variables += f"LOCAL_RANK=${local} " * (local in os.environ)
+        raise UserError(
+            f"{which}, but not where they meet: let each `export {variables}MASTER_ADDR=HOST "
+            f"MASTER_PORT=29500` before it starts the program, {host}; {alone}"
+        )
+    return False
+
+
+def _whole_number(name, default=None):
+    """The whole number in the variable `name`, or the default where it is not set."""
     if name not in os.environ:
+        if default is not None:
+            return default
         raise UserError(
             f"--dist-url env:// needs the variable {name}; set it, give the flag, or use torchrun"
         )

@@ -7,11 +7,17 @@ import time
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the run was stopped and can be continued
 SIGNALS = tuple(  # not every system has all of them
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 )
 SAME = (
     1.0  # seconds within which a signal that arrives twice, from the terminal and from a parent, counts once
 )
+
+
+def heard():
+    """SIGNALS without SIGHUP where nohup has it ignored."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return [number for number in SIGNALS if number != hangup or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class StopRequest:
@@ -24,7 +30,7 @@ class StopRequest:
         self.rank, self.name = rank, None
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in heard()}
         return self
 
     def __exit__(self, *_):
@@ -51,12 +57,12 @@ class StopRequest:
 
 @contextlib.contextmanager
 def exit_on_signal():
-    """While the block runs outside a StopRequest, SIGTERM and SIGUSR1 exit with EXIT_CODE."""
+    """While the block runs outside a StopRequest, SIGTERM, SIGUSR1 and SIGHUP exit with EXIT_CODE."""
 
     def leave(*_):
         raise SystemExit(EXIT_CODE)
 
-    before = {number: signal.signal(number, leave) for number in SIGNALS if number != signal.SIGINT}
+    before = {number: signal.signal(number, leave) for number in heard() if number != signal.SIGINT}
     try:
         yield
     finally:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco.errors import DivergedError, UserError, printable
-from moco.files import LOCK, Lock, atomic_file
+from moco.files import atomic_file
+from moco.lock import LOCK, Lock
 
 SETTINGS, RESULTS, LOG, MEASURED = "sweep.json", "results.jsonl", "log.txt", "measured.json"
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from moco.errors import UserError
-from moco.files import Lock, atomic_folder, lock_beside
+from moco.files import atomic_folder
+from moco.lock import Lock, lock_beside
 from moco.progress import Progress
 from moco.trifeature.draw import COLORS, SHAPES, TEXTURES, render
 

@@ -18,7 +18,8 @@ import torch
 import torchvision
 
 from moco.errors import UserError, first_line, printable, shell_word
-from moco.files import atomic_file, file_hash, locked, sha256
+from moco.files import atomic_file, file_hash, sha256
+from moco.lock import locked
 from moco.run.backbone import load_encoder
 from moco.run.checkpoint import read
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from forked_program import forked
 
-from moco.errors import DivergedError, UserError, first_line, printable, run_program, say, shell_word
+from moco.errors import DivergedError, Parser, UserError, first_line, printable, run_program, say, shell_word
 from moco.progress import Progress
 
 
@@ -49,6 +49,35 @@ def test_a_reader_that_leaves_is_no_error():
     assert output.readline() == "first\n"
     output.close()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def test_output_without_room_is_an_error_without_a_traceback():
+    def main():
+        sys.stdout = open("/dev/full", "w")  # noqa: SIM115
+        print("what is lost")
+
+    pid, output = forked(main)
+    assert output.read() == "program: error: no space left for standard output or a file; make room\n"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("--out=~/a b", "/home/me/a b"),
+        ("--out=~", "/home/me"),
+        ("~/a\nb", "/home/me/a\nb"),
+        ("--out=a~/b", "a~/b"),
+        ("--out=~no-such-user/a", "~no-such-user/a"),
+        ("./~/a", "./~/a"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_where_shells_leave_it(word, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser()
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--out")
+    assert value in vars(parser.parse_args([word])).values()
 
 
 def test_a_message_stays_one_line_on_its_way():

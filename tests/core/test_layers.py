@@ -9,7 +9,7 @@ from command_lines import ROOT
 COMMANDS = ("check", "embed", "export", "imagenet100", "plot", "show", "bench", "shortcuts")
 LAYERS = [  # from the lowest: a part may import the parts of lower layers, and the lowest its own layer too
     ("builder", "losses", "shuffle", "batchnorm", "encoders", "loader", "options", "seeds", "errors", "files")
-    + ("progress",),
+    + ("lock", "progress"),
     ("trifeature",),
     ("data", "run"),
     ("zoo",),

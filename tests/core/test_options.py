@@ -20,6 +20,7 @@ SHARED_DEFAULTS = (
     | {"fast": False, "amp": None, "channels_last": None, "compile": None}
     | {"output_dir": ".", "resume": "", "overwrite": False, "print_freq": 10}
     | {"multiprocessing_distributed": False, "world_size": -1, "rank": -1, "gpu": None}
+    | {"local_rank": None}
     | {"dist_url": None, "dist_backend": None}
 )
 PRETRAINING_DEFAULTS = (
@@ -69,6 +70,7 @@ SPAWNED = {
             {"dataset_root": "R", "dataset": "D", "lr": 1.0, "weight_decay": 0.0, "schedule": []}
             | {"method": "ifm_only", "epsilon": 0.1, "alpha": 1.0, "workers": 0},
         ),
+        ("--schedule 30 40 DIR --cos", {"folder": "DIR", "schedule": [30, 40], "cos": True}),
     ],
 )
 def test_published_pretraining_lines_mean_the_same(line, expected):
@@ -85,6 +87,8 @@ def test_published_pretraining_lines_mean_the_same(line, expected):
             | {"epochs": 60, "dist_url": "tcp://localhost:10001", "dataset_root": "PATH/TO/DATA"},
         ),
         ("--lr 30 DIR", {"folder": "DIR"}),
+        ("--schedule 30 40 DIR", {"folder": "DIR", "schedule": [30, 40]}),
+        ("--schedule DIR --lr 2", {"folder": "DIR", "schedule": [], "lr": [2.0]}),
         ("DIR --lr 0.1 1 10", {"folder": "DIR", "lr": [0.1, 1.0, 10.0]}),
         ("--lr 0.1 1 DIR --weight-decay 1e-6", {"folder": "DIR", "lr": [0.1, 1.0], "weight_decay": 1e-6}),
     ],
@@ -100,6 +104,9 @@ WRONG_FLAGS = {
         ("--lr nan", "must be above 0, not nan"),
         ("--start-epoch 7 --epochs 7", "--start-epoch 7 leaves nothing of --epochs 7"),
         ("--schedule 10 -1", "--schedule: must be at least 0, not -1"),
+        ("--schedule 10 1.5 DIR", "--schedule: '1.5' is not a whole number"),
+        ("A --schedule 10 B", "--schedule: 'B' is not a number"),
+        ("--schedule 10 A 20", "--schedule: 'A' is not a number"),
         ("--seed 9223372036854775808", "--seed: must be between 0 and 9223372036854775807"),
         ("--image-size 7", "--image-size: must be at least 8"),
         ("--moco-m 1.5", "--moco-m: must be between 0 and 1, not 1.5"),

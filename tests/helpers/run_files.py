@@ -6,7 +6,7 @@ import zipfile
 
 import torch
 
-from moco.files import LOCK
+from moco.lock import LOCK
 
 
 def checkpoints(folder):

@@ -15,7 +15,7 @@ import main_moco
 from moco.run.signals import EXIT_CODE, SAME
 
 AUTO = ["--resume", "auto"]
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,12 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
         (1, 4, 4, INT, os.getpid),
         (1, 1, 3, USR1, os.getpid),  # the last step of the first epoch
         (2, 0, 4, INT, os.getpid),
+        (1, 0, 4, HUP, os.getpid),  # the terminal is closed
         (2, 1, 1, USR1, os.getpid),
         (2, 4, 4, TERM, os.getpid),
         (2, 0, 4, TERM, os.getppid),
         (2, 0, 4, INT, os.getppid),
-        (2, 0, 4, USR1, os.getppid),
+        (2, 0, 4, HUP, os.getppid),
     ],
 )
 def test_a_run_stopped_by_a_signal_continues_exactly(
@@ -51,6 +52,15 @@ def test_a_run_stopped_by_a_signal_continues_exactly(
     expected = content(whole(world))
     assert content(tmp_path) == expected
     assert content(tmp_path, "checkpoint_0000.pth.tar") != expected  # negative control
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(folders, tmp_path, whole):
+    def prepare():
+        signal.signal(HUP, signal.SIG_IGN)  # as nohup does
+        at_step(4, send(HUP))
+
+    run(*TINY, "--output-dir", tmp_path, folders, prepare=prepare)
+    assert content(tmp_path) == content(whole(1))
 
 
 def test_a_signal_in_the_last_step_of_all_changes_nothing(folders, tmp_path, whole):

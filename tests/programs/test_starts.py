@@ -86,7 +86,7 @@ def test_a_run_that_waits_for_other_nodes_ends_at_once_on_a_signal(folders, tmp_
     [
         ([*SPAWN[:-1], "1"], "needs --rank between 0 and 0"),
         (["TORCHRUN", "--world-size", "2"], "torchrun starts the processes .* leave out"),
-        (["TORCHRUN"], "needs the variables MASTER_ADDR, MASTER_PORT, WORLD_SIZE"),
+        (["TORCHRUN"], "needs the variables WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -98,6 +98,99 @@ def test_a_start_that_contradicts_itself_is_refused(words, message, folders, tmp
     code, output, errors = cli(main_moco.main, *TINY, *words, "--output-dir", tmp_path, folders)
     assert code == 2 and output == "" and errors.count("\n") == 1
     assert re.search(message, errors), errors
+
+
+def launched(variables, *words):
+    """The program, started by a launcher that sets `variables` and adds `words`."""
+    return Forked(*words, prepare=lambda: os.environ.update({k: str(v) for k, v in variables.items()}))
+
+
+@pytest.mark.parametrize("launcher", ["Kubeflow", "deepspeed", "srun"])
+def test_processes_of_any_launcher_that_says_where_they_meet_join(
+    launcher, folders, tmp_path, free_port, whole
+):
+    def variables(rank):
+        own = {"srun": {"SLURM_PROCID": rank, "SLURM_NTASKS": 2, "SLURM_LOCALID": rank}}.get(launcher, {})
+        own |= {"LOCAL_RANK": rank, "LOCAL_SIZE": 2} if launcher == "deepspeed" else {}
+        return own | {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port}
+
+    words = [*TINY, "--output-dir", tmp_path, folders]
+    flags = [[f"--local_rank={rank}"] if launcher == "deepspeed" else [] for rank in range(2)]
+    first, second = (launched(variables(rank), *words, *flags[rank]) for rank in range(2))
+    with first, second:
+        assert [first.end(), second.end()] == [0, 0], first.output + second.output
+    assert "2 process(es)" in first.output and "Epoch" not in second.output
+    starts = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"kind": "start"' in line]
+    assert len(starts) == 1
+    # -b is of both, as they are of one machine
+    assert content(tmp_path) == content(whole(2)) != content(whole(1))
+
+
+SLURM = {"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1}
+MEETING = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "message"),
+    [
+        (
+            SLURM,
+            [],
+            r"Slurm says that this is process 1 of 2, but not .*`export RANK=\$SLURM_PROCID "
+            r"WORLD_SIZE=\$SLURM_NTASKS LOCAL_RANK=\$SLURM_LOCALID MASTER_ADDR=HOST MASTER_PORT=29500`",
+        ),
+        ({"PMI_RANK": 0, "PMI_SIZE": 2}, [], r"MPI says .* WORLD_SIZE=\$PMI_SIZE MASTER_ADDR=HOST"),
+        (
+            {"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 4},
+            [],
+            "Open MPI says that this is process 0 of 4",
+        ),
+        ({"RANK": 0, "WORLD_SIZE": 2}, [], "the environment says .* `export MASTER_ADDR=HOST"),
+        (
+            SLURM,
+            SPAWN[:1],
+            r"if each of them is a node, add --world-size \$SLURM_NTASKS --rank \$SLURM_PROCID",
+        ),
+        (
+            MEETING,
+            SPAWN[:1],
+            r"a node, add --world-size \$WORLD_SIZE .*leave out --multiprocessing-distributed",
+        ),
+        (MEETING | {"RANK": 2}, [], "RANK must be between 0 and 1"),
+        (MEETING | {"LOCAL_RANK": "a"}, [], "LOCAL_RANK must be a whole number, not 'a'"),
+        (
+            MEETING | {"LOCAL_RANK": 0},
+            ["--local-rank=1"],
+            "--local-rank is 1 and the variable LOCAL_RANK is 0",
+        ),
+    ],
+)
+def test_one_of_several_processes_does_not_start_a_run_of_its_own(
+    variables, words, message, folders, tmp_path, cli, monkeypatch
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_RANK", str(variables.get("LOCAL_RANK", 0)))  # set by the program, taken back
+    words = [*TINY, *words, "--output-dir", tmp_path, folders]
+    code, output, errors = cli(main_moco.main, *words)
+    assert code == 2 and output == "" and errors.count("\n") == 1
+    assert re.search(message, errors), errors
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (SLURM, ["--world-size", "1"]),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1}, []),
+        ({"SLURM_NTASKS": 4}, []),  # a shell of salloc
+        (MEETING | {"RANK": 0, "WORLD_SIZE": 1}, []),
+    ],
+)
+def test_a_process_that_is_the_only_one_starts(variables, words, folders, tmp_path):
+    with launched(variables, *TINY, "--epochs", "1", *words, "--output-dir", tmp_path, folders) as program:
+        assert program.end() == 0, program.output
+    assert "1 process(es)" in program.output
 
 
 @pytest.mark.parametrize("locks", [True, False])
