@@ -25,11 +25,11 @@ from moco.data.device import DeviceAugment, normalize
 from moco.data.folders import data_folder, image_folder, labeled_folders, paths_of
 from moco.data.gray import range_warnings, uses_of_some
 from moco.data.loader import TrainLoader, ValidationLoader, batch_per_process
-from moco.encoders import base_encoder, check_image_size
+from moco.encoders import base_encoder, check_image_size, last_linear, replace_layer
 from moco.errors import UserError, run_program
 from moco.evaluate import linear
 from moco.files import make_output_folder
-from moco.run.backbone import load_encoder, with_counters
+from moco.run.backbone import load_encoder, network_settings, with_counters
 from moco.run.checkpoint import (
     LinearCheckpoints,
     check_arch,
@@ -45,7 +45,7 @@ from moco.run.signals import StopRequest
 
 def main():
     args = options.linear_evaluation()
-    check_image_size(args.arch, args.image_size)
+    check_image_size(args.arch, args.image_size, stem=args.stem)
     make_output_folder(args.output_dir)
     args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
     if args.evaluate:
@@ -77,12 +77,16 @@ def evaluate(rank, args):
     if source and not resumed:
         checkpoint = read(source)
     check_arch(checkpoint, args.arch, source)
+    if source:  # its tensors say which stem it has
+        args.stem = network_settings(checkpoint, source, args.arch, args.stem, args.image_size)["stem"]
+    encoder = base_encoder(args.arch, stem=args.stem, image_size=args.image_size)
+    head = last_linear(encoder)
     options.resolve(args, rank.device)
     settings = options.settings(args, seed)
 
     # Data. Every random number of a view is a function of (seed, epoch, index): moco/data/README.md
     if args.evaluate:
-        val_images, classes = linear.labeled_validation(args.folder, args.target, checkpoint, source)
+        val_images, classes = linear.labeled_validation(args.folder, args.target, checkpoint, source, head)
         images = []
     else:
         images, val_images, classes = labeled_folders(args.folder, args.target)
@@ -114,17 +118,19 @@ def evaluate(rank, args):
 
     # Model. All is frozen but the last layer, which starts small and equal for every --lr and rank.
     torch.manual_seed(seed)
-    backbone = base_encoder(args.arch)(num_classes=len(classes)).requires_grad_(False).eval()
-    backbone.fc.weight.normal_(mean=0.0, std=0.01)
-    backbone.fc.bias.zero_()
+    backbone = encoder(num_classes=len(classes)).requires_grad_(False).eval()
+    classifier = backbone.get_submodule(head)
+    classifier.weight.normal_(mean=0.0, std=0.01)
+    if classifier.bias is not None:
+        classifier.bias.zero_()
     if resumed:
         linear.check_classes(checkpoint, source, classes)
         load_strictly(backbone, with_counters(checkpoint["state_dict"], backbone), source)
     elif source:
         taken = load_encoder(backbone, checkpoint, source, args.arch)
     lrs = args.lr[:1] if args.evaluate else args.lr  # a checkpoint's own tensors are of one classifier
-    probes = linear.Probes(backbone.fc, len(lrs)).to(rank.device)
-    backbone.fc = nn.Identity()
+    replace_layer(backbone, head, nn.Identity())
+    probes = linear.Probes(classifier, len(lrs), head).to(rank.device)
     options.prepare(args, backbone)  # --channels-last, --compile
     backbone.to(rank.device)
     results = linear.Results(lrs, classes)

@@ -24,7 +24,7 @@ from moco.data.experiments import RandomBits
 from moco.data.folders import data_folder, paths_of, pretraining_images
 from moco.data.gray import range_warnings, uses_of_some
 from moco.data.loader import TrainLoader, batch_per_process
-from moco.encoders import base_encoder, check_image_size
+from moco.encoders import base_encoder, check_image_size, has_batchnorm, on_meta_device
 from moco.errors import run_program
 from moco.evaluate.features import similarities
 from moco.evaluate.knn import KnnMonitor, labeled_val
@@ -38,7 +38,10 @@ from moco.run.signals import StopRequest
 
 def main():
     args = options.pretraining()
-    check_image_size(args.arch, args.image_size)
+    check_image_size(args.arch, args.image_size, stem=args.stem)
+    if args.bn_splits > 1:  # fails here where there is nothing to split
+        encoder = base_encoder(args.arch, stem=args.stem, image_size=args.image_size)
+        on_meta_device(partial(MoCo, encoder, K=1, bn_splits=args.bn_splits))
     make_output_folder(args.output_dir)
     if args.images is None:
         args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
@@ -88,11 +91,11 @@ def pretrain(rank, args):
     augment = DeviceAugment(recipe, rank.device, not in_workers, batch_shape)
     autocast = partial(options.autocast, args, rank.device)
     skip_bad = args.on_bad_image == "skip"
-    knn = KnnMonitor(args.knn, args.epochs, args.arch, images, rank, loading, autocast, skip_bad)
+    encoder = base_encoder(args.arch, args.random_bits, args.stem, args.image_size)
+    knn = KnnMonitor(args.knn, args.epochs, encoder, images, rank, loading, autocast, skip_bad)
 
     # Model. It is equal on all ranks, because torch's generator starts from the same seed on each.
     torch.manual_seed(seed)
-    encoder = base_encoder(args.arch, extra_channels=args.random_bits)
     model = MoCo(
         encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp, args.epsilon, args.bn_splits
     )
@@ -123,7 +126,7 @@ def pretrain(rank, args):
         augment = RandomBits(args.random_bits, seed, augment)
     encoders = options.speed(args, rank.device)
     rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {encoders}")
-    for line in options.notes(args, len(images), groups):
+    for line in options.notes(args, len(images), groups if has_batchnorm(model) else 0):
         rank.print(line)
 
     chance = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)

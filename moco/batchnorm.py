@@ -12,7 +12,7 @@ from torch import nn
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of `splits` interleaved groups: sample i is in
-    group i % splits.
+    group i % splits. Layers within it, as of timm's BatchNormAct2d, follow it.
 
     Interleaved, because a batch of N = n * splits samples is then, without a copy, one of n samples with
     splits * C channels, which the usual kernel normalizes at its usual speed. The running statistics are
@@ -25,6 +25,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x):  # N x C x H x W
+        x = self._normalized(x)
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+    def _normalized(self, x):
         if not self.training:
             return super().forward(x)
         N, C, H, W = x.shape
@@ -79,6 +85,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return self.momentum
 
 
+class SplitBatchNorm1d(SplitBatchNorm2d):
+    """The same for a BatchNorm1d of N x C or N x C x L."""
+
+    def forward(self, x):
+        return super().forward(x.reshape(*x.shape[:2], -1, 1)).reshape(x.shape)
+
+
 class _Normalize(torch.autograd.Function):
     """(x - mean) * rstd * weight + bias for x of n x splits x C x H x W and its statistics over n, H and W.
 
@@ -110,11 +123,12 @@ def _wide(x):
 
 
 def split_batchnorm(module, splits):
-    """Replace every BatchNorm2d below `module` by a SplitBatchNorm2d with its tensors; return how many."""
+    """Replace every BatchNorm below `module` by a SplitBatchNorm with its tensors; return how many."""
     changed = 0
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            split = SplitBatchNorm2d(
+        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            kind = SplitBatchNorm2d if isinstance(child, nn.BatchNorm2d) else SplitBatchNorm1d
+            split = kind(
                 child.num_features,
                 child.eps,
                 child.momentum,
@@ -123,6 +137,7 @@ def split_batchnorm(module, splits):
                 splits=splits,
             )
             split._parameters, split._buffers = child._parameters, child._buffers
+            split._modules = child._modules
             split.train(child.training)
             setattr(module, name, split)
             changed += 1

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco.batchnorm import deinterleave, interleave, split_batchnorm
+from moco.encoders import last_linear, replace_layer
+from moco.errors import UserError
 from moco.losses import contrast
 from moco.shuffle import batch_shuffle, concat_all_gather, rank, world_size
 
@@ -17,34 +19,39 @@ from moco.shuffle import batch_shuffle, concat_all_gather, rank, world_size
 class MoCo(nn.Module):
     """The query encoder, its momentum copy the key encoder, and the queue of the K newest keys.
 
-    base_encoder: a callable that takes `num_classes` and returns a network that ends in the Linear `fc`
+    base_encoder: a callable that takes `num_classes` and returns a network whose classifier is one Linear, of
+        any name (moco.encoders.last_linear)
     dim: C, the length of a feature
     K: number of keys in the queue
     m: momentum of the key encoder
     T: temperature
-    mlp: give each encoder MoCo v2's hidden layer, Linear(d, d) and ReLU, before `fc`
+    mlp: give each encoder MoCo v2's hidden layer, Linear(d, d) and ReLU, before the classifier
     epsilon: length of IFM's step; None for plain InfoNCE
     bn_splits: compute BatchNorm over this many groups of the batch, as that many processes would
 
     Random numbers are drawn at construction in the published order: query encoder, key encoder, hidden layer
     of the query's head, of the key's, queue. Buffers: `queue` (dim x K, unit columns) and `queue_ptr` ((1,)
-    int64, the next column to be replaced).
+    int64, the next column to be replaced). `head`: the name of the classifier, in whose place the head is.
+    Raises UserError when the network has no such classifier, or no BatchNorm to split.
     """
 
     def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, epsilon=None, bn_splits=1):
         super().__init__()
         self.K, self.m, self.T = K, m, T
         self.epsilon, self.bn_splits = epsilon, bn_splits
+        self.head = last_linear(base_encoder)
 
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
-            self.encoder_q.fc = _mlp_head(self.encoder_q.fc)
-            self.encoder_k.fc = _mlp_head(self.encoder_k.fc)
+            _add_hidden_layer(self.encoder_q, self.head)
+            _add_hidden_layer(self.encoder_k, self.head)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
-        if bn_splits > 1:
-            split_batchnorm(self, bn_splits)
+        if bn_splits > 1 and not split_batchnorm(self, bn_splits):
+            raise UserError(
+                f"{type(self.encoder_q).__name__} has no BatchNorm that --bn-splits could split: leave it out"
+            )
 
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -121,8 +128,10 @@ def ifm_logits(l_pos, l_neg, epsilon, T):
     return torch.cat([l_pos - epsilon, l_neg + epsilon], dim=1) / T
 
 
-def _mlp_head(fc):
-    return nn.Sequential(nn.Linear(fc.in_features, fc.in_features), nn.ReLU(), fc)
+def _add_hidden_layer(encoder, head):
+    last = encoder.get_submodule(head)
+    hidden = nn.Linear(last.in_features, last.in_features)
+    replace_layer(encoder, head, nn.Sequential(hidden, nn.ReLU(), last))
 
 
 def _at_least_float32(x):

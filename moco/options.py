@@ -198,7 +198,10 @@ def settings(args, seed):
 
 
 def notes(args, images, batchnorm_groups):
-    """What a user should know about this pre-training before it starts, in lines of at most 80 columns."""
+    """What a user should know about this pre-training before it starts, in lines of at most 80 columns.
+
+    batchnorm_groups: in how many the images of a step are normalized, 0 by a network without BatchNorm.
+    """
     with_ifm = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)
     lines = [
         f"loss at chance: ln(1+K) = {losses.chance(args.moco_k):.4f}"
@@ -264,7 +267,8 @@ def _add_data(parser, folder):
 
 def _add_training(parser, epochs, schedule, weight_decay):
     add = parser.add_argument_group("training").add_argument
-    add("-a", "--arch", default="resnet50", help="a model of torchvision that ends in fc")
+    add("-a", "--arch", default="resnet50", help="network of torchvision, conv3, or timm:NAME")
+    add("--stem", choices=("small",), help="for ResNets below 64 pixels: first convolution 3x3, no pooling")
     add("--epochs", type=_at_least(1), default=epochs, help="of the whole run")
     add("--start-epoch", type=_at_least(0), default=0, help="number of the first epoch")
     add("-b", "--batch-size", type=_at_least(1), default=256, help="images per step of this node's processes")

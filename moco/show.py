@@ -22,9 +22,9 @@ from moco.data.decode import read_pixels
 from moco.data.folders import data_folder, image_folder, paths_of, pretraining_images
 from moco.data.loader import TrainLoader, ValidationLoader
 from moco.data.pil import center_resize
-from moco.encoders import check_image_size
+from moco.encoders import backbone, base_encoder, check_image_size
 from moco.errors import Parser, UserError, printable, run_program
-from moco.evaluate.features import backbone, backbone_of, features_of
+from moco.evaluate.features import backbone_of, features_of
 from moco.evaluate.knn import neighbors
 from moco.options import add_gray_range
 from moco.plot import BLACK, BLUE, RED, WIDTH, check_picture, literal, own_style, save_picture
@@ -84,7 +84,7 @@ def parse_args():
     pairs.add_argument("--epoch", type=int, default=0, metavar="N", help="from 0 (default: %(default)s)")
     add = near.add_argument
     add("--neighbors", type=int, default=5, metavar="N", help="of each image (default: %(default)s)")
-    add("-a", "--arch", help="torchvision model (default: what the checkpoint says, or else resnet50)")
+    add("-a", "--arch", help="as in training (default: what the checkpoint says, or else resnet50)")
     add("-j", "--workers", type=int, metavar="W", help="loader processes (default: one per core)")
     return parser.parse_args()
 
@@ -202,16 +202,17 @@ def draw_neighbors(args, folder):
     """The Figure of a row for each validation image: it and the training images nearest to it."""
     train, val = image_folder(folder, "train"), image_folder(folder, "val")
     if args.checkpoint == UNTRAINED and not os.path.isfile(UNTRAINED):
-        arch, checkpoint = args.arch or "resnet50", {}
+        arch, checkpoint = args.arch or "resnet50", {"image_size": args.image_size or 224}
+        check_image_size(arch, checkpoint["image_size"])
         with seeded(args.seed):
-            network = backbone(arch).eval()
+            network = backbone(base_encoder(arch, image_size=checkpoint["image_size"])).eval()
     else:
-        network, checkpoint = backbone_of(args.checkpoint, args.arch)
+        network, checkpoint = backbone_of(args.checkpoint, args.arch, args.image_size)
         arch = checkpoint["arch"]
         print(printable(f"{args.checkpoint}: {checkpoint['taken']}"))
     epochs = f" after {checkpoint['epoch']} epochs" if checkpoint.get("epoch") else ""
     trained = own if isinstance(own := checkpoint.get("settings"), dict) else {}  # others may have any
-    size = args.image_size or trained.get("image_size") or 224
+    size = checkpoint["image_size"]
     gray_range = args.gray_range or trained.get("gray_range")
     check_image_size(arch, size)
     network.to("cuda" if torch.cuda.is_available() else "cpu")

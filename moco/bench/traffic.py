@@ -57,7 +57,7 @@ def published_per_rank(model, n, size, world):
 
 def measure(arch="resnet50", batch_size=32, size=224, moco_k=65536, worlds=(8, 64, 512)):
     """The report (moco.bench.report): MB of a step by item and number of GPUs, of batch_size images each."""
-    model = on_meta_device(partial(MoCo, base_encoder(arch), K=moco_k, mlp=True))
+    model = on_meta_device(partial(MoCo, base_encoder(arch, image_size=size), K=moco_k, mlp=True))
     rows = {}
     for world in worlds:
         for name, sent in (

@@ -12,7 +12,7 @@ from moco.builder import MoCo
 from moco.data.augment import draw, moco_v2
 from moco.data.loader import batch_per_process
 from moco.data.ring import Batch
-from moco.encoders import base_encoder, check_image_size
+from moco.encoders import base_encoder, check_image_size, has_batchnorm, on_meta_device
 from moco.errors import UserError
 from moco.options import precision
 from moco.seeds import shuffle_order
@@ -54,7 +54,7 @@ class Setting:
     def model(self, kind=MoCo, channels_last=False, compile=False):
         """A model with weights drawn from SEED: the same for all of one size."""
         torch.manual_seed(SEED)
-        encoder = base_encoder(self.arch)
+        encoder = base_encoder(self.arch, image_size=self.size)
         model = kind(encoder, DIM, self.moco_k, T=T, mlp=True, epsilon=EPSILON, bn_splits=self.bn_splits)
         for encoder in (model.encoder_q, model.encoder_k):
             if channels_last:
@@ -75,7 +75,8 @@ def setting_of(device=None, **sizes):
     s = Setting(device, **DEFAULTS[device.type] | given)
     batch_per_process(s.batch_size, 1, s.bn_splits)
     check_image_size(s.arch, s.size, "--size")
-    return s
+    network = on_meta_device(partial(base_encoder(s.arch, image_size=s.size), num_classes=DIM))
+    return s if has_batchnorm(network) else replace(s, bn_splits=1)
 
 
 class Training:

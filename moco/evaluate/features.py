@@ -2,39 +2,47 @@
 
 import contextlib
 
+import numpy as np
 import torch
-from torch import nn
 
 from moco import zoo
 from moco.data.device import normalize
-from moco.encoders import base_encoder
-from moco.run.backbone import load_encoder
+from moco.data.pil import center_resize
+from moco.run.backbone import loaded_backbone
 from moco.run.checkpoint import check_arch, read
 
 
-def backbone_of(path_or_name, arch=None):
+def load_backbone(name_or_path, arch=None):
+    """(network, transform) of a released model's name or a checkpoint file, of this or another program.
+
+    network: in eval mode on the CPU, from normalized images (N, 3, H, W), float32, to features (N, d): the
+    input of the classifier, as linear evaluation sees it. transform: a PIL image to such an image (3, S, S),
+    the central view of validation. The architecture is read from the file (arch: for files that do not name
+    it), and S from the run's settings (else 224). Raises UserError.
+    """
+    network, checkpoint = backbone_of(name_or_path, arch)
+    size, resize = checkpoint["image_size"], checkpoint["resize"]
+    return network, lambda image: normalize(center_resize(np.asarray(image.convert("RGB")), size, resize))
+
+
+def backbone_of(path_or_name, arch=None, image_size=None):
     """(network, checkpoint) of a checkpoint file or the name of a released model.
 
-    The network is a torchvision model in eval mode on the CPU whose `fc` is nn.Identity, so that it gives the
-    pooled features N x d. arch: its torchvision name (default: the checkpoint's entry `arch`, else resnet50).
-    checkpoint: the dict that moco.run.checkpoint.read gives, with "arch", and "taken": where in the file the
-    backbone was, in words. Raises UserError.
+    The network is that of `load_backbone`. arch: its name as of moco.encoders (default: the checkpoint's
+    entry `arch`, else resnet50). image_size: of the images that it is to take (default: that of the run).
+    checkpoint: the dict that moco.run.checkpoint.read gives, with "arch", "image_size", "resize" and "taken":
+    where in the file the backbone was, in words. Raises UserError.
     """
     path = zoo.resolve(path_or_name)
     checkpoint = read(path)
     named = checkpoint.get("arch")
     arch = arch or (named if isinstance(named, str) else "resnet50")
     check_arch(checkpoint, arch, path)
-    network = backbone(arch)
-    taken = load_encoder(network, checkpoint, path, arch)
-    return network.eval(), checkpoint | {"arch": arch, "taken": taken}
-
-
-def backbone(arch):
-    """The torchvision model `arch` with random weights and nn.Identity as its `fc`: images to features."""
-    network = base_encoder(arch)(num_classes=1)
-    network.fc = nn.Identity()
-    return network
+    network, image_size, taken = loaded_backbone(checkpoint, path, arch, image_size)
+    trained = own if isinstance(own := checkpoint.get("settings"), dict) else {}  # others may have any
+    resize = "torch" if trained.get("resize") == "torch" else "pil"
+    found = {"arch": arch, "image_size": image_size, "resize": resize, "taken": taken}
+    return network, checkpoint | found
 
 
 @torch.no_grad()

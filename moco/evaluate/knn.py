@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from moco.data.folders import image_folder, use_numbers_of_train
 from moco.data.loader import ValidationLoader
-from moco.encoders import base_encoder, on_meta_device
+from moco.encoders import backbone
 from moco.errors import UserError
 from moco.evaluate.features import features_of
 from moco.shuffle import concat_all_gather
@@ -82,15 +81,24 @@ def labeled_val(images):
 class KnnMonitor:
     """The percentage of val/ that an encoder in training classifies right, by nearest neighbors in train/.
 
-    The features are those of linear evaluation: pooled, before `fc`, of central views. The training is not
+    The features are those of linear evaluation: before the classifier, of central views. The training is not
     changed: a second network in eval mode borrows the encoder's weights, and no random numbers are drawn.
     """
 
     def __init__(
-        self, every, epochs, arch, images, rank, loading, autocast=contextlib.nullcontext, skip_bad=False
+        self,
+        every,
+        epochs,
+        base_encoder,
+        images,
+        rank,
+        loading,
+        autocast=contextlib.nullcontext,
+        skip_bad=False,
     ):
         """every: epochs between two evaluations (0: never); the last of `epochs` is always evaluated.
 
+        base_encoder: constructs networks like the encoder (moco.encoders);
         images: the ImageFolder train/, with val/ beside it; loading: how training loads them, keywords of
         ValidationLoader; autocast: makes the context of a forward pass; skip_bad: leave out images of train/
         that cannot be read. Raises UserError when labels or val/ are missing, or val/ has other classes.
@@ -102,8 +110,7 @@ class KnnMonitor:
         self.labels = labelings(self.train, self.val)
         batch_size = max(loading["batch_size"], BATCH_PIXELS // loading["size"] ** 2)
         self.loader = partial(ValidationLoader, **{**loading, "batch_size": batch_size})
-        self.network = on_meta_device(partial(base_encoder(arch), num_classes=1)).eval()
-        self.network.fc = nn.Identity()
+        self.network = backbone(base_encoder).to(rank.device).eval()
 
     def __call__(self, epoch, encoder):
         """{"knn": {labeling: percent}} after `epoch`, or {} when it is not evaluated. On all ranks."""
@@ -134,8 +141,8 @@ class KnnMonitor:
         # The BatchNorm statistics are those of rank 0, which DDP sends to the others before their next step.
         buffers = self.rank.broadcast({name: buffer.cpu() for name, buffer in encoder.named_buffers()})
         state = encoder.state_dict() | {name: b.to(self.rank.device) for name, b in buffers.items()}
-        backbone = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-        self.network.load_state_dict(backbone, assign=True)  # the same memory, not a copy
+        state = {name: state[name] for name in self.network.state_dict()}  # all but the head
+        self.network.load_state_dict(state, assign=True)  # the same memory, not a copy
 
     def _features(self, images, skip_bad=False):
         """Unit rows and classes (-1: not readable) of this process's share of the images."""

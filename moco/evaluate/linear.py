@@ -23,11 +23,15 @@ from moco.run.checkpoint import load_strictly, published_names
 
 
 class Probes(nn.Module):
-    """Features (N x d) to a list of the logits (N x classes) of each probe. Each starts as a copy of `fc`."""
+    """Features (N x d) to a list of the logits (N x classes) of each probe.
 
-    def __init__(self, fc, count):
+    Each of the `count` starts as a copy of the network's `classifier`, whose name there is `head`.
+    """
+
+    def __init__(self, classifier, count, head="fc"):
         super().__init__()
-        self.each = nn.ModuleList(copy.deepcopy(fc).requires_grad_() for _ in range(count))
+        self.head = head
+        self.each = nn.ModuleList(copy.deepcopy(classifier).requires_grad_() for _ in range(count))
 
     def forward(self, features):
         return [probe(features) for probe in self.each]
@@ -204,11 +208,13 @@ class Results:
 
 
 def checkpoint_of(i, network, probes, optimizer, results):
-    """Entries of a checkpoint in upstream's format, as if probe i were the last layer `fc` of the network.
+    """Entries of a checkpoint in upstream's format, as if probe i were the classifier of the network.
 
     `epoch` and `arch`, which upstream has too, are the caller's.
     """
-    last_layer = {f"module.fc.{name}": tensor for name, tensor in probes.each[i].state_dict().items()}
+    last_layer = {
+        f"module.{probes.head}.{name}": tensor for name, tensor in probes.each[i].state_dict().items()
+    }
     return {
         "state_dict": published_names(network) | last_layer,
         "best_acc1": results.best_acc1,
@@ -248,7 +254,7 @@ def restore(checkpoint, path, probes, optimizer, results, epochs):
     if not isinstance(checkpoint.get("epoch"), int) or "optimizer" not in checkpoint:
         raise UserError(f"{path} has no optimizer state, so no run can continue from it")
     try:
-        saved = checkpoint.get("heads") or [checkpoint | {"state_dict": _last_layer(checkpoint)}]
+        saved = checkpoint.get("heads") or [checkpoint | {"state_dict": _last_layer(checkpoint, probes.head)}]
         before, here = _in_words([head.get("lr") for head in saved]), _in_words(results.lrs)
         if max(len(saved), len(results.lrs)) > 1 and before != here:
             raise UserError(
@@ -289,16 +295,16 @@ def check_classes(checkpoint, path, classes):
         )
 
 
-def labeled_validation(folder, factor, checkpoint, path):
+def labeled_validation(folder, factor, checkpoint, path, head="fc"):
     """(val, class names): the ImageFolder val/ of `folder` with the numbers of a checkpoint's classes.
 
     val/ may lack classes, and train/ is not needed. factor: as in moco.data.folders.labeled_folders;
-    checkpoint: what moco.run.checkpoint.read gives for `path`. If it does not name its classes, as of
-    upstream, they are the sub-folders of train/ or, without it, of val/ if these are as many. Raises
-    UserError.
+    checkpoint: what moco.run.checkpoint.read gives for `path`; head: the name of its classifier. If it does
+    not name its classes, as of upstream, they are the sub-folders of train/ or, without it, of val/ if these
+    are as many. Raises UserError.
     """
     val, advice = image_folder(folder, "val"), "give the folder and --target of that run"
-    names, bias = _class_names(checkpoint, path), checkpoint["state_dict"].get("fc.bias")
+    names, bias = _class_names(checkpoint, path), checkpoint["state_dict"].get(f"{head}.bias")
     outputs = 0 if bias is None else bias.numel()
     if factor is not None:
         val.target_transform = [trifeature.factor_of(name, factor) for name in val.classes].__getitem__
@@ -339,9 +345,9 @@ def _optimizer_of(optimizer, i):
     return {"state": state, "param_groups": [{**group, "params": list(range(len(group["params"])))}]}
 
 
-def _last_layer(checkpoint):
-    state = checkpoint["state_dict"]
-    return {name.removeprefix("fc."): tensor for name, tensor in state.items() if name.startswith("fc.")}
+def _last_layer(checkpoint, head):
+    state, start = checkpoint["state_dict"], f"{head}."
+    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
 
 
 def _in_words(lrs):

@@ -1,10 +1,13 @@
 """The backbone in a checkpoint, of this or another program: found by the names and shapes of a network."""
 
+import math
 import re
 from dataclasses import dataclass
 
 import torch
+from torchvision import models
 
+from moco.encoders import RESNETS, SMALL, backbone, base_encoder, last_linear, on_meta_device
 from moco.errors import UserError
 from moco.run.checkpoint import load_strictly, plain_names, some_of, state_dicts
 
@@ -24,37 +27,78 @@ FOLLOWERS = {"k", "key", "momentum", "ema", "target", "student"}
 
 
 def load_encoder(network, checkpoint, path, arch, advice=None):
-    """Load all of `network` but its last layer `fc` from a checkpoint. Returns what was taken, in words.
+    """Load all of `network` but its classifier from a checkpoint. Returns what was taken, in words.
 
     Arguments and errors are those of `encoder_state`.
     """
     state, taken = encoder_state(checkpoint, path, network, arch, advice)
-    last_layer = [name for name in network.state_dict() if name.startswith("fc.")]
-    load_strictly(network, state, path, last_layer)
+    classifier = [name for name in network.state_dict() if name.startswith(_head(network, arch) + ".")]
+    load_strictly(network, state, path, classifier)
     return taken
+
+
+def loaded_backbone(checkpoint, path, arch, image_size=None, advice=None):
+    """(network in eval mode on the CPU, from images to features N x d; the side of the images that it was
+    trained on or is made for; what was taken, in words).
+
+    The network is built as the file says (`network_settings`); torch's generator stays as it was. Arguments
+    and errors are those of `encoder_state` and `network_settings`.
+    """
+    settings = network_settings(checkpoint, path, arch, image_size=image_size)
+    network = backbone(base_encoder(arch, **settings))
+    taken = load_encoder(network, checkpoint, path, arch, advice)
+    return network.eval(), settings["image_size"], taken
+
+
+def network_settings(checkpoint, path, arch, stem=None, image_size=None):
+    """{"stem": ..., "image_size": ...}: keywords with which base_encoder builds the network of a file.
+
+    The stem is that of the shapes in the file. The size is `image_size`, that of the run's settings, the one
+    to which the shapes of conv3 and vision transformers belong, or 224. stem, image_size: what a user asks
+    for, or None. Raises UserError when the shapes are of another.
+    """
+    has_small_stem, size = False, None
+    for state in state_dicts(checkpoint).values():
+        for name, tensor in state.items():
+            parts, shape = name.split("."), tuple(tensor.shape)
+            if arch.startswith(RESNETS) and parts[-2:] == ["conv1", "weight"] and len(shape) == 4:
+                within_a_block = any(part.startswith("layer") for part in parts)
+                has_small_stem |= not within_a_block and shape[2:] == (3, 3)
+            elif arch == "conv3" and name.endswith("hidden.0.weight") and len(shape) == 2:
+                size = 8 * math.isqrt(shape[1] // 64)
+            elif arch.startswith("vit_") and parts[-1] == "pos_embedding" and len(shape) == 3:
+                size = int(arch.rpartition("_")[2]) * math.isqrt(max(shape[1] - 1, 0))
+    if stem == SMALL and not has_small_stem:
+        raise UserError(f"{path} is of a network without --stem small: leave it out")
+    same = image_size == size or arch == "conv3" and size and size - 8 < image_size <= size
+    if size and image_size and not same:
+        raise UserError(f"{path} is of a network for --image-size {size}, not {image_size}: use the same")
+    trained = checkpoint.get("settings")
+    trained = trained.get("image_size") if isinstance(trained, dict) else None  # others may have any
+    trained = trained if isinstance(trained, int) and trained > 0 else None
+    return {"stem": SMALL if has_small_stem else None, "image_size": image_size or trained or size or 224}
 
 
 def encoder_state(checkpoint, path, network, arch, advice=None):
     """({name: tensor} of a backbone, where in the file they were in words).
 
-    The names are those of `network`, without its last layer `fc`. Raises UserError when there is none.
+    The names are those of `network`, without its classifier. Raises UserError when there is none.
 
     checkpoint: what `read` returned for `path` (named in messages), of this or another program; network: a
-    torchvision model `arch`, also on the meta device; advice: what to do when it does not fit.
+    network `arch`, also on the meta device; advice: what to do when it does not fit.
 
     Whatever stands in front of the names, such as `backbone.`, is taken when all tensors of the network are
     there in its shapes, and none more of its layers. BatchNorm's counters may be missing and are 0 then. Of
     several backbones ENTRIES and FOLLOWERS say which is taken; where they do not, it is an error.
     """
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    own, found = _found(checkpoint, network, arch)
     total = sum(not _is_counter(name) for name in own)
-    layers = [name for name, _ in network.named_children()]
-    found = sorted(
-        _backbones(checkpoint, own, layers, arch), key=lambda each: (each.preference, -each.fitting)
-    )
     whole = [each for each in found if each.misfit is None]
     in_part = [each for each in found if 2 * each.fitting >= total]
     if not whole or in_part[0].preference < whole[0].preference:  # the one to take is incomplete
+        near = _nearest(checkpoint, path, arch)
+        advice = advice or f"{'' if near else 'if it is of another architecture, '}name that with --arch"
+        advice = f"its tensors are those of {near}; {advice}" if near else advice
         raise UserError(f"{path} {_no_backbone(checkpoint, in_part or found, total, arch, advice)}")
     best = whole[0]
     for other in whole:
@@ -103,23 +147,50 @@ class _Backbone:
         return all(torch.equal(self.state[one], other.state[two]) for one, two in pairs)
 
 
-def _backbones(checkpoint, own, layers, arch):
+def _head(network, arch):
+    """The name of the classifier, which may be replaced in `network`."""
+    return "fc" if hasattr(network, "fc") else last_linear(base_encoder(arch))
+
+
+def _found(checkpoint, network, arch):
+    """({name: tensor} of the network without its classifier, its _Backbones, the preferred one first)."""
+    head = _head(network, arch)
+    own = {name: x for name, x in network.state_dict().items() if not name.startswith(head + ".")}
+    layers = [name for name, _ in network.named_children()]
+    found = _backbones(checkpoint, own, layers, head, arch)
+    return own, sorted(found, key=lambda each: (each.preference, -each.fitting))
+
+
+def _nearest(checkpoint, path, arch):
+    """A network whose whole backbone the file holds, of arch's family, the ResNets and conv3, or None."""
+    family = re.match("[a-z]*", arch)[0]
+    names = [name for name in models.list_models(module=models) if name.startswith((family, *RESNETS))]
+    for name in [*names, "conv3"]:
+        if name != arch and not name.startswith("regnet"):  # regnets are slow to construct
+            encoder = base_encoder(name, **network_settings(checkpoint, path, name))
+            network = on_meta_device(lambda encoder=encoder: encoder(num_classes=1))
+            if any(each.misfit is None for each in _found(checkpoint, network, name)[1]):
+                return name
+    return None
+
+
+def _backbones(checkpoint, own, layers, head, arch):
     """The _Backbones of a checkpoint that have a tensor or more of the network's `own` in its shape.
 
-    layers: the names of the network's children, whose order numbers them.
+    layers: the names of the network's children, whose order numbers them; head: that of its classifier.
     """
     numbers = {name: str(number) for number, name in enumerate(layers)}
-    split = {name: name.partition(".") for name in own}
+    split = {name: name.partition(".") for name in [*own, head]}
     by_number = {name: numbers.get(layer, layer) + dot + rest for name, (layer, dot, rest) in split.items()}
     namings = [  # each: the network's names to the file's, and what the file's start with
-        (False, {name: name for name in own}, {layer for layer in layers if layer != "fc"}),
-        (True, by_number, {numbers[layer] for layer in layers if layer != "fc"}),  # lightly's examples
+        (False, {name: name for name in split}, set(layers)),
+        (True, by_number, set(numbers.values())),  # lightly's examples
     ]
     for entry, state in state_dicts(checkpoint).items():
         state = plain_names(state)
         for numbered, naming, starts in namings:
-            for prefix in _prefixes(state, set(naming.values())):
-                names = {name: prefix + there for name, there in naming.items()}
+            for prefix in _prefixes(state, {naming[name] for name in own}):
+                names = {name: prefix + naming[name] for name in own}
                 misfits = {
                     name: _misfit(state, names[name], own[name], arch)
                     for name in own
@@ -131,6 +202,7 @@ def _backbones(checkpoint, own, layers, arch):
                     for name in state
                     if name.startswith(prefix) and name not in ours
                     if name[len(prefix) :].partition(".")[0] in starts
+                    if not name.startswith(f"{prefix}{naming[head]}.")
                 ]
                 if fitting := sum(misfit is None for misfit in misfits.values()):
                     misfit = next(filter(None, [*misfits.values(), *more]), None)
@@ -175,7 +247,6 @@ def _no_backbone(checkpoint, found, total, arch, advice):
             "is of a run with --random-bits, whose encoder takes more than the three channels of an image; "
             "python -m moco.shortcuts randbit measures such encoders"
         )
-    advice = advice or "if it is of another architecture, name that with --arch"
     if not found:
         tensors = state_dicts(checkpoint)
         largest = max(tensors, key=lambda entry: len(tensors[entry]))

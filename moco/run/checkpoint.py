@@ -217,9 +217,9 @@ def check_compatible(checkpoint, path, data, settings, rank):
     """
     before, step, data_before = (checkpoint.get(name) for name in ("settings", "step", "data"))
     # earlier versions had no --gray-range
-    before = {"gray_range": None} | before if isinstance(before, dict) else {}
+    before = {"gray_range": None, "stem": None} | before if isinstance(before, dict) else {}
     data_before = data_before if isinstance(data_before, dict) else {}
-    for name in ("moco_dim", "moco_k", "mlp"):
+    for name in ("moco_dim", "moco_k", "mlp", "stem"):
         if name in before and before[name] != settings[name]:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{path} is of a run with {flag} {before[name]}, not {settings[name]}")

@@ -148,7 +148,7 @@ def main():
     data, runs = Path(args.data or Path(args.out, "data")), runs_of(args)
     # main_moco.py's own checks of every command, before anything is written
     *_, training = (options.pretraining(words_of(run, data, "runs", others)) for run in runs.values())
-    check_image_size(training.arch, training.image_size)
+    check_image_size(training.arch, training.image_size, stem=training.stem)
     if args.data:
         image_folder(data, "train")
     shared = options.settings(training, seed=None)

@@ -8,17 +8,16 @@ import signal
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from moco import options
 from moco.data.device import normalize
 from moco.data.experiments import HELD_OUT, TRAIN, bits_of, with_channels
 from moco.data.folders import labeled_folders, targets_of
 from moco.data.loader import ValidationLoader
-from moco.encoders import base_encoder
+from moco.encoders import backbone, base_encoder
 from moco.errors import DivergedError, Parser, UserError, run_program
 from moco.files import atomic_file
-from moco.run import backbone
+from moco.run.backbone import load_encoder
 from moco.run.checkpoint import read
 from moco.run.log import machine
 from moco.shortcuts.probe import read_out
@@ -78,17 +77,10 @@ def features_of(network, images, size, device, bits, gray_range=None):
     return features
 
 
-def untrained_encoder(arch, moco_dim, seed, random_bits):
-    """The encoder that a run with these settings starts from: images to features, in evaluation mode."""
+def untrained_encoder(encoder, moco_dim, seed):
+    """What a run with this base_encoder and seed starts from: images to features, in evaluation mode."""
     torch.manual_seed(seed)
-    network = base_encoder(arch, random_bits)(num_classes=moco_dim)
-    network.fc = nn.Identity()
-    return network.eval()
-
-
-def load_encoder(network, path, arch):
-    """Give `network`, an `arch`, the encoder of the checkpoint `path`, but for its head. Raises UserError."""
-    backbone.load_encoder(network, read(path), path, arch)
+    return backbone(encoder, num_classes=moco_dim).eval()
 
 
 def last_epoch(path):
@@ -120,9 +112,10 @@ def main():
     if run.seed is None:
         raise UserError("give the --seed of the run")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, found = untrained_encoder(run.arch, run.moco_dim, run.seed, run.random_bits), {}
+    encoder = base_encoder(run.arch, run.random_bits, run.stem, run.image_size)
+    network, found = untrained_encoder(encoder, run.moco_dim, run.seed), {}
     if args.pretrained:
-        load_encoder(network, args.pretrained, run.arch)
+        load_encoder(network, read(args.pretrained), args.pretrained, run.arch)
         found["losses"] = last_epoch(args.pretrained)
     own = run.image_size, run.seed, run.random_bits, run.gray_range
     found |= readouts(args.data, device, network.to(device), *own)

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 
 from moco.errors import UserError, first_line, printable, shell_word
 from moco.files import atomic_file, file_hash, sha256
 from moco.lock import locked
-from moco.run.backbone import load_encoder
+from moco.run.backbone import loaded_backbone
 from moco.run.checkpoint import read
 
 TIMEOUT = 60  # seconds without a byte after which a connection counts as broken
@@ -184,12 +183,7 @@ def _download(model, path):
 
 
 def _backbone(checkpoint, path):
-    with torch.device("meta"):
-        model = torchvision.models.resnet50(weights=None)
-    model.fc = torch.nn.Identity()
-    model = model.to_empty(device="cpu")
-    load_encoder(model, checkpoint, path, "resnet50", advice="moco.zoo reads ResNet-50s")
-    return model.eval()
+    return loaded_backbone(checkpoint, path, "resnet50", advice="moco.zoo reads ResNet-50s")[0]
 
 
 def _hint(name, names):

@@ -141,7 +141,7 @@ def test_the_ceiling_is_two_forward_passes_and_one_backward(monkeypatch):
             return features
 
     s = setting_of("cpu", **SIZES)
-    monkeypatch.setattr(training, "base_encoder", lambda arch: Spied)
+    monkeypatch.setattr(training, "base_encoder", lambda *_, **__: Spied)
     Encoders(s, s.images())(2)
     shape = (16, 3, 16, 16)
     assert calls == [("forward", True, shape), ("forward", False, shape), "backward"] * 2

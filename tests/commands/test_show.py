@@ -18,8 +18,7 @@ from moco.data.decode import read_pixels
 from moco.data.folders import image_folder
 from moco.data.loader import TrainLoader
 from moco.data.pil import center_resize
-from moco.encoders import base_encoder
-from moco.evaluate.features import backbone
+from moco.encoders import backbone, base_encoder
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD
 from moco.plot import BLUE, RED
 from moco.seeds import seeded
@@ -98,7 +97,7 @@ def literal_features(network, images):
 
 def untrained(seed):
     with seeded(seed):
-        return backbone("resnet18").eval()
+        return backbone(base_encoder("resnet18")).eval()
 
 
 def neighbors_at_32(network, folders, count, number):

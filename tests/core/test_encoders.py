@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from moco.encoders import base_encoder, check_image_size, on_meta_device
+from moco.encoders import base_encoder, check_image_size, last_linear, on_meta_device
 from moco.errors import UserError
 
 
@@ -19,12 +19,12 @@ def test_an_encoder_gives_one_tensor_of_num_classes(arch):
     [
         ("resnet5", "no classification model 'resnet5'; did you mean resnet50?"),
         ("get_model", "no classification model 'get_model'"),
-        ("vit_b_16", "vit_b_16 has no last layer `fc`"),
+        ("squeezenet1_1", "has its one Linear classifier, and SqueezeNet has none"),
     ],
 )
 def test_other_architectures_are_refused(arch, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        base_encoder(arch)
+        last_linear(base_encoder(arch))
 
 
 @pytest.mark.parametrize(("arch", "size"), [("inception_v3", 64), ("googlenet", 8)])

@@ -16,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHARED_DEFAULTS = (
     {"folder": None, "dataset": "imagenet100", "dataset_root": None, "image_size": 224, "workers": None}
     | {"device_aug": None, "resize": None, "cache": None, "gray_range": None, "on_bad_image": "error"}
-    | {"arch": "resnet50", "start_epoch": 0, "batch_size": 256, "momentum": 0.9, "seed": None}
+    | {"arch": "resnet50", "stem": None, "start_epoch": 0, "batch_size": 256, "momentum": 0.9, "seed": None}
     | {"fast": False, "amp": None, "channels_last": None, "compile": None}
     | {"output_dir": ".", "resume": "", "overwrite": False, "print_freq": 10}
     | {"multiprocessing_distributed": False, "world_size": -1, "rank": -1, "gpu": None}
@@ -316,7 +316,7 @@ def test_wrong_use_is_a_sentence(script, line, message, folders, tmp_path, cli, 
 
 
 def test_batches_beyond_the_memory_are_said(folders, tmp_path, cli, monkeypatch):
-    monkeypatch.setattr(main_moco, "check_image_size", lambda *_: None)  # no network can be tried at it
+    monkeypatch.setattr(main_moco, "check_image_size", lambda *_, **__: None)  # no network can be tried at it
     words = [*MOCO, "--image-size", "100000", "-b", "24", folders, "--output-dir", tmp_path]
     code, _, errors = cli(main_moco.main, *words)
     assert code == 2 and errors.count("\n") == 1, errors

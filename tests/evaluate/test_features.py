@@ -9,9 +9,9 @@ from torch import nn
 from moco.builder import MoCo
 from moco.data.folders import image_folder
 from moco.data.loader import ValidationLoader
-from moco.encoders import base_encoder
+from moco.encoders import backbone, base_encoder
 from moco.errors import UserError
-from moco.evaluate.features import backbone, backbone_of, features_of, similarities
+from moco.evaluate.features import backbone_of, features_of, similarities
 
 ARCH = "shufflenet_v2_x0_5"
 
@@ -61,7 +61,7 @@ def test_the_backbone_of_a_checkpoint_is_its_query_encoder(folders, tmp_path):
     expected, _ = features_of(encoder, loader, "cpu")
     assert features.shape == (9, 1024) and targets.tolist() == images.targets
     assert torch.equal(features, expected)
-    other, _ = features_of(backbone(ARCH).eval(), loader, "cpu")
+    other, _ = features_of(backbone(base_encoder(ARCH)).eval(), loader, "cpu")
     assert not torch.allclose(features, other)  # negative control
 
     with pytest.raises(UserError, match="resnet18"):

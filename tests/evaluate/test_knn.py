@@ -73,7 +73,7 @@ def monitor(folder, rank=None, every=2, **more):
     rank = rank or Rank.alone()
     images = image_folder(folder, "train")
     loading = {"size": 32, "batch_size": 4, "rank": rank.rank, "world_size": rank.world_size}
-    return KnnMonitor(every, 5, ARCH, images, rank, loading, **more)
+    return KnnMonitor(every, 5, base_encoder(ARCH), images, rank, loading, **more)
 
 
 def percentages(rank, world, folder):

@@ -14,6 +14,8 @@ from moco.data.experiments import HELD_OUT, TRAIN, bits_of
 from moco.data.folders import labeled_folders, targets_of
 from moco.encoders import base_encoder
 from moco.errors import DivergedError
+from moco.run import checkpoint
+from moco.run.backbone import load_encoder
 from moco.shortcuts import measure
 from moco.trifeature import FACTORS, SETTINGS, factor_of
 
@@ -107,8 +109,8 @@ def test_the_encoder_is_what_a_run_starts_from_or_that_of_a_checkpoint(folders, 
     assert [start[reading] for reading in readings] == [trained[reading] for reading in readings]
     assert start["readout"]["class"]["chance"] == pytest.approx(100 / 3)
     assert start["versions"]["torch"] == torch.__version__
-    networks = [measure.untrained_encoder(ARCH, 128, seed=5, random_bits=2) for _ in range(2)]
-    measure.load_encoder(networks[1], tmp_path / "6.pth.tar", ARCH)  # negative control
+    networks = [measure.untrained_encoder(base_encoder(ARCH, 2), 128, seed=5) for _ in range(2)]
+    load_encoder(networks[1], checkpoint.read(tmp_path / "6.pth.tar"), "6.pth.tar", ARCH)  # negative control
     assert not torch.equal(*(network.conv1[0].weight for network in networks))
 
 
