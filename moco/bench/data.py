@@ -28,7 +28,7 @@ from moco.data.folders import paths_of, pretraining_images
 from moco.data.loader import TrainLoader
 from moco.data.pil import crop_resize
 from moco.data.ring import RingLoader
-from moco.errors import printable
+from moco.errors import UserError, printable
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD, GaussianBlur, TwoCropsTransform
 
 PUBLISHED, LIMIT = "published: PIL, float32, default collate", "limit: decoding and two resizes alone"
