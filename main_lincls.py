@@ -40,20 +40,21 @@ from moco.run.checkpoint import (
 )
 from moco.run.launch import launch
 from moco.run.log import Meters, RunLog
-from moco.run.signals import StopRequest
+from moco.run.signals import StopRequest, exit_on_signal
 
 
 def main():
     args = options.linear_evaluation()
     check_image_size(args.arch, args.image_size, stem=args.stem)
     make_output_folder(args.output_dir)
-    args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
-    if args.evaluate:
-        image_folder(args.folder, "val")  # fails before any process is started
-    else:
-        labeled_folders(args.folder, args.target)
-    if args.pretrained and not Path(args.resume).is_file():  # the checkpoint to resume has the features too
-        args.pretrained = str(zoo.resolve(args.pretrained))  # downloads a released model
+    with exit_on_signal():  # nothing half-drawn, and no part of a download, stays
+        args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
+        if args.evaluate:
+            image_folder(args.folder, "val")  # fails before any process is started
+        else:
+            labeled_folders(args.folder, args.target)
+        if args.pretrained and not Path(args.resume).is_file():  # that checkpoint has the features too
+            args.pretrained = str(zoo.resolve(args.pretrained))  # downloads a released model
     launch(evaluate, args, **options.processes(args))
 
 

@@ -33,7 +33,7 @@ from moco.losses import rank_accuracy
 from moco.run.checkpoint import Checkpoints, check_arch, check_compatible, restore
 from moco.run.launch import launch
 from moco.run.log import Meters, RunLog
-from moco.run.signals import StopRequest
+from moco.run.signals import StopRequest, exit_on_signal
 
 
 def main():
@@ -44,7 +44,8 @@ def main():
         on_meta_device(partial(MoCo, encoder, K=1, bn_splits=args.bn_splits))
     make_output_folder(args.output_dir)
     if args.images is None:
-        args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
+        with exit_on_signal():  # nothing half-drawn stays
+            args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
     images = pretraining_images(args.folder, args.images)  # fails before any process is started
     if args.knn:
         labeled_val(images)

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
 
 
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        parts = (re.fullmatch(r"(--[\w-]+=)?(.*)", str(arg), re.DOTALL).groups("") for arg in args)
+        parts = (re.fullmatch(r"(--[\w-]+=|-\w)?(.*)", str(arg), re.DOTALL).groups("") for arg in args)
         return super().parse_known_args(
             [flag + os.path.expanduser(value) for flag, value in parts], namespace
         )
@@ -80,6 +81,16 @@ def say(line, file=None):
         _silence(file)
         if file is not sys.stderr:
             say(f"note: nothing can be printed any more ({error.strerror}); the run goes on", sys.stderr)
+
+
+def interrupt_on_signals():
+    """Have SIGTERM and, unless nohup has it ignored, SIGHUP do what Ctrl-C does, so that nothing half-made
+    is left behind.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def escape_output():

@@ -17,10 +17,9 @@ import csv
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
-from moco.errors import Parser, UserError, printable, run_program, shell_word
+from moco.errors import Parser, UserError, interrupt_on_signals, printable, run_program, shell_word
 from moco.files import atomic_folder
 from moco.progress import Progress
 
@@ -212,7 +211,7 @@ def main():
     if not args.parquet and (args.label or len(args.sources) > 1):
         what = "--label is" if args.label else "several files are"
         raise UserError(f"{what} for parquet files: give --parquet too, or leave it out")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, too
+    interrupt_on_signals()
     remarks, size = [], ""
     if args.parquet:
         unpacked = unpack(args.sources, args.out, args.label)

@@ -36,6 +36,9 @@ def locked(path, reason=None):
     lock goes with the process, however it ends. File systems without locks do not refuse, and some network
     file systems do not show a lock on a folder to other machines.
     """
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if _flock(descriptor, wait=reason is None) is False:
@@ -110,7 +113,9 @@ class Lock:
             if descriptor is None:
                 time.sleep(0.1)
         stop = threading.Event()
-        beat = threading.Thread(target=_renew, args=(descriptor, stop), daemon=True)
+        beat = threading.Thread(
+            target=_renew, args=(descriptor if os.utime in os.supports_fd else path, stop), daemon=True
+        )
         self.release = multiprocessing.util.Finalize(
             self, _release, (path, descriptor, beat, stop), exitpriority=0
         )
@@ -153,10 +158,10 @@ def _try(path, this):
 
 def _lives(path, obtained, holder):
     """Whether the Holder that the file names (None: nobody) still runs; obtained: what flock said."""
-    if holder is None or holder.machine == _machine():
-        return (obtained is False) or (
-            obtained is None and holder is not None and _start_of(holder.pid) == holder.start is not None
-        )
+    if holder is None or obtained is not None and holder.machine == _machine():
+        return obtained is False
+    if holder.machine == _machine() and holder.start is not None:
+        return _start_of(holder.pid) == holder.start
     print(
         f"waiting up to {SILENCE} seconds for a sign of life of {holder.process}, which {printable(path)} "
         "names",
@@ -171,20 +176,24 @@ def _lives(path, obtained, holder):
     return False
 
 
-def _renew(descriptor, stop):
+def _renew(file, stop):
     while not stop.wait(BEAT):
-        with contextlib.suppress(OSError, TypeError):  # TypeError: a system that cannot by descriptor
-            os.utime(descriptor)
+        with contextlib.suppress(OSError):
+            os.utime(file)
 
 
 def _release(path, descriptor, beat, stop):
     stop.set()
     if beat.ident is not None:  # it was started
         beat.join(BEAT)
+    is_ours = _is_at(descriptor, path)
+    if fcntl is None:  # Windows removes no open file
+        os.close(descriptor)
     with contextlib.suppress(OSError):  # such as a folder that may no longer be written to
-        if _is_at(descriptor, path):
+        if is_ours:
             path.unlink()
-    os.close(descriptor)
+    if fcntl is not None:
+        os.close(descriptor)
 
 
 def _read_holder(descriptor):
@@ -210,9 +219,11 @@ def _time_of(path):
 
 
 def _machine():
-    """Another text for each machine, and for each time that it was started."""
+    """Another text for each machine, each time that it was started, and each container, which has processes
+    of its own."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return platform.node()
 

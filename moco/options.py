@@ -6,6 +6,8 @@ Names and defaults are those of the published programs (MoCo, IFM), where these 
 import argparse
 import importlib.util
 import math
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -424,13 +426,19 @@ def _or_folder(number):
 
 def _take_folder(args, flag, values):
     """Make DIR args.folder where it is the last of the flag's numbers, as in `--schedule 30 40 DIR`."""
-    if values and isinstance(values[-1], str) and args.folder is None:
+    last = values[-1] if values else 0
+    if isinstance(last, str) and args.folder is args.dataset_root is None and _may_be_folder(last):
         args.folder = values.pop()
         if not values and flag.startswith("--lr"):
             raise UserError(f"argument {flag}: expected a number before the folder")
     for value in values:
         if isinstance(value, str):
-            raise UserError(f"argument {flag}: {value!r} is not a number")
+            raise UserError(f"argument {flag}: {value!r} is not a number; separate numbers by spaces")
+
+
+def _may_be_folder(text):
+    """Whether a text is no mistyped number, such as 120,160 or 3O."""
+    return os.path.isdir(text) or not re.match(r"[+-]?\.?\d", text)
 
 
 def _word(*words, **removed):

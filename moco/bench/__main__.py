@@ -2,10 +2,9 @@
 
 import json
 import os
-import signal
 import sys
 
-from moco.errors import Parser, UserError, run_program
+from moco.errors import Parser, UserError, interrupt_on_signals, run_program
 from moco.files import atomic_file, check_free
 
 
@@ -15,7 +14,7 @@ def main():
         least = 0 if name == "workers" else 1
         if type(value) is int and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers and remove what was made
+    interrupt_on_signals()
     if args.json:
         check_free(args.json, force=True)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, reports itself

@@ -178,8 +178,8 @@ def launch(
             )
         _stop_with_parent()
         return _run(worker, args, "env://", backend, None)
-    if nodes == node_rank == -1 and not (spawn and url) and _is_one_of_several(spawn, url):
-        return _run(worker, args, "env://", backend, gpu)
+    if nodes == node_rank == -1 and not (spawn and url == "env://") and _is_one_of_several(spawn, url):
+        return _run(worker, args, url or "env://", backend, gpu)
     if url == "env://":
         nodes = _whole_number("WORLD_SIZE") if nodes == -1 else nodes
         node_rank = _whole_number("RANK") if node_rank == -1 else node_rank
@@ -457,7 +457,7 @@ def _signals_passed_on(pids, passed_on):
 
 def _stop_with_parent():
     """Have the kernel send SIGTERM, on which a run saves and stops, when this process's parent dies."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux only
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux only
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
@@ -476,9 +476,16 @@ def _is_one_of_several(spawn, url):
 
     Raises UserError when it has, and does not say where they meet, or the flag `spawn` would start more.
     """
-    for who, (rank, world_size, local) in LAUNCHERS.items():
-        if rank not in os.environ or world_size not in os.environ or _whole_number(world_size) == 1:
+    meeting = MEETING if url in (None, "env://") else ("RANK", "WORLD_SIZE")
+    for who, (rank, world_size, _) in LAUNCHERS.items():
+        if _whole_number(world_size, 1) == 1:
             continue
+        if rank not in os.environ:
+            if who != "the environment" or "MASTER_ADDR" not in os.environ:  # as in a shell of Slurm's salloc
+                continue
+            raise UserError(
+                "WORLD_SIZE and MASTER_ADDR are set, but not RANK: set it to this process's number, from 0"
+            )
         which = f"{who} says that this is process {_whole_number(rank)} of {_whole_number(world_size)}"
         host, alone = "HOST being that of process 0", "for a run of this process alone add --world-size 1"
         if spawn:
@@ -487,18 +494,15 @@ def _is_one_of_several(spawn, url):
                 f"--dist-url tcp://HOST:29500, {host}; if each has a GPU, leave out "
                 f"--multiprocessing-distributed; {alone}"
             )
-        if all(name in os.environ for name in MEETING):
+        if all(name in os.environ for name in meeting):
             return True
-        if who == "the environment":
-            if url:  # whose own message names what is missing
-                return False
-            variables = ""
-        else:
-            variables = f"RANK=${rank} WORLD_SIZE=${world_size} "
-            variables += f"LOCAL_RANK=${local} " * (local in os.environ)
+        variables = {"RANK": f"${rank}", "WORLD_SIZE": f"${world_size}"}
+        variables |= {"MASTER_ADDR": "HOST", "MASTER_PORT": "29500"} if meeting is MEETING else {}
+        line = " ".join(f"{name}={value}" for name, value in variables.items() if name not in os.environ)
+        of_host = f", {host}" * (meeting is MEETING)
         raise UserError(
-            f"{which}, but not where they meet: let each `export {variables}MASTER_ADDR=HOST "
-            f"MASTER_PORT=29500` before it starts the program, {host}; {alone}"
+            f"{which}, but not all that they need to meet: let each `export {line}` before it starts the "
+            f"program{of_host}; {alone}"
         )
     return False
 

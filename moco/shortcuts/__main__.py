@@ -8,7 +8,6 @@ continued by the same command, also with more values.
 
 import itertools
 import os
-import signal
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from moco import options, trifeature
 from moco.data.folders import image_folder
 from moco.encoders import check_image_size
-from moco.errors import Parser, UserError, printable, run_program
+from moco.errors import Parser, UserError, interrupt_on_signals, printable, run_program
 from moco.files import atomic_file
 from moco.plot import save_picture
 from moco.run.launch import Rank
@@ -144,7 +143,7 @@ def main():
     args, others = parse_args()
     if not (PROJECT / "main_moco.py").is_file():
         raise UserError("this trains by main_moco.py, which is not installed with moco: start it in a clone")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing half-drawn then, too
+    interrupt_on_signals()
     data, runs = Path(args.data or Path(args.out, "data")), runs_of(args)
     # main_moco.py's own checks of every command, before anything is written
     *_, training = (options.pretraining(words_of(run, data, "runs", others)) for run in runs.values())

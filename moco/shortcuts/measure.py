@@ -4,7 +4,6 @@ python -m moco.shortcuts.measure OUT.json DATA [--pretrained CKPT] [flags of mai
 """
 
 import json
-import signal
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from moco.data.experiments import HELD_OUT, TRAIN, bits_of, with_channels
 from moco.data.folders import labeled_folders, targets_of
 from moco.data.loader import ValidationLoader
 from moco.encoders import backbone, base_encoder
-from moco.errors import DivergedError, Parser, UserError, run_program
+from moco.errors import DivergedError, Parser, UserError, interrupt_on_signals, run_program
 from moco.files import atomic_file
 from moco.run.backbone import load_encoder
 from moco.run.checkpoint import read
@@ -106,7 +105,7 @@ def main():
         help="checkpoint of the run, beside its log.jsonl (default: the encoder that it starts from)",
     )
     args, others = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, too
+    interrupt_on_signals()
 
     run = options.pretraining([args.data, *others])
     if run.seed is None:

@@ -1,8 +1,6 @@
 """Draw the Trifeature data set: python -m moco.trifeature data/trifeature"""
 
-import signal
-
-from moco.errors import Parser, printable, run_program
+from moco.errors import Parser, interrupt_on_signals, printable, run_program
 from moco.trifeature import generate
 
 
@@ -19,7 +17,7 @@ def main():
     add("--seed", type=int, default=0, metavar="S", help="chooses rotations, places and what is in val")
     add("--force", action="store_true", help="replace what was drawn under this name before")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, too
+    interrupt_on_signals()
 
     drawn = generate(args.out, args.size, args.renders, args.seed, args.force)
     if not drawn:

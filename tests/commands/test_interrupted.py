@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of each tool: nothing under the final name, nothing left over, and no traceback."""
+"""Ctrl-C, SIGTERM or a closed terminal within each tool: nothing under the final name, nothing left over."""
 
 import os
 import shutil
@@ -6,18 +6,22 @@ import signal
 import sys
 import time
 
+import pytest
 from export_models import write_checkpoint
 from fake_web import fake_web, whole
 from forked_program import Program, gone_within
 from miniature import write_folders
 
+import main_moco
+import moco.trifeature.__main__
 import moco.zoo.__main__
-from moco import export, imagenet100, trifeature
+from moco import export, imagenet100
+from moco.run.signals import EXIT_CODE
 
 
-def interrupt(tool, words, is_half_done):
-    """Call `tool()` with the command line `words` in a process group of its own, and send that Ctrl-C when
-    `is_half_done()`.
+def interrupt(tool, words, is_half_done, number=signal.SIGINT, expected=130):
+    """Call `tool()` with the command line `words` in a process group of its own, and send that Ctrl-C, or
+    another signal, when `is_half_done()`. expected: the exit code.
     """
 
     def main(report):
@@ -27,9 +31,10 @@ def interrupt(tool, words, is_half_done):
 
     running = Program(main)
     assert gone_within(30, is_half_done), "it never was half done"
-    os.killpg(running.pid, signal.SIGINT)
+    os.killpg(running.pid, number)
     code, said = running.end()
-    assert code == 130 and said.endswith("\ninterrupted\n") and "Traceback" not in said, said
+    assert code == expected and "Traceback" not in said, said
+    assert code != 130 or said.endswith("\ninterrupted\n")
     running.clear()
 
 
@@ -78,7 +83,16 @@ def test_an_export(tmp_path, monkeypatch):
     assert os.listdir(folder) == ["out.pth"] and (folder / "out.pth").stat().st_size > 1_000_000
 
 
-def test_the_drawing_of_trifeature(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_drawing_of_trifeature(tmp_path, number):
     out = tmp_path / "trifeature"
-    interrupt(lambda: trifeature.generate(out), [], lambda: files_below(tmp_path))
+    interrupt(moco.trifeature.__main__.main, [out], lambda: files_below(tmp_path), number)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_draws_its_data(tmp_path, number):
+    out = tmp_path / "trifeature"
+    words = ["--dataset_root", tmp_path, "--dataset", "trifeature", "--output-dir", tmp_path / "run"]
+    interrupt(main_moco.main, words, lambda: files_below(tmp_path), number, EXIT_CODE)
+    assert os.listdir(tmp_path) == ["run"] and not out.exists()

@@ -66,6 +66,7 @@ def test_output_without_room_is_an_error_without_a_traceback():
     [
         ("--out=~/a b", "/home/me/a b"),
         ("--out=~", "/home/me"),
+        ("-o~/a", "/home/me/a"),
         ("~/a\nb", "/home/me/a\nb"),
         ("--out=a~/b", "a~/b"),
         ("--out=~no-such-user/a", "~no-such-user/a"),
@@ -76,7 +77,7 @@ def test_a_tilde_is_the_home_folder_where_shells_leave_it(word, value, monkeypat
     monkeypatch.setenv("HOME", "/home/me")
     parser = Parser()
     parser.add_argument("folder", nargs="?")
-    parser.add_argument("--out")
+    parser.add_argument("-o", "--out")
     assert value in vars(parser.parse_args([word])).values()
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from forked_program import forked
@@ -77,6 +78,29 @@ def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(tmp_path, mon
     with Lock(path, refusal), Lock(path, refusal):  # twice in a process, as in tests of programs
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert os.listdir(tmp_path) == [] and capsys.readouterr().err == ""
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("hidden", ["/proc/self/ns/pid", "/proc"])
+def test_a_process_that_cannot_be_looked_for_counts_while_it_gives_signs_of_life(
+    tmp_path, monkeypatch, hidden, capsys
+):
+    """In another container of this machine, and on Windows, which has no /proc; neither with flock."""
+    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    path, read_text = tmp_path / ".lock", Path.read_text
+    if hidden == "/proc":
+        elsewhere = lambda p: Path("/none") if p.is_relative_to("/proc") else p  # noqa: E731
+        monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: read_text(elsewhere(p), *a, **k))
+    with held(path) as pid:
+        if hidden != "/proc":
+            monkeypatch.setattr(os, "readlink", lambda _: "pid:[of another container]")
+        with pytest.raises(UserError, match=f"refused: process {pid}"):
+            Lock(path, refusal)
+    with Lock(path, refusal):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().err.count("for a sign of life of") == 2
     os.waitpid(pid, 0)
 
 

@@ -107,6 +107,8 @@ WRONG_FLAGS = {
         ("--schedule 10 1.5 DIR", "--schedule: '1.5' is not a whole number"),
         ("A --schedule 10 B", "--schedule: 'B' is not a number"),
         ("--schedule 10 A 20", "--schedule: 'A' is not a number"),
+        ("--schedule 120,160", "'120,160' is not a number; separate numbers by spaces"),
+        ("--schedule A --dataset-root R", "'A' is not a number"),
         ("--seed 9223372036854775808", "--seed: must be between 0 and 9223372036854775807"),
         ("--image-size 7", "--image-size: must be at least 8"),
         ("--moco-m 1.5", "--moco-m: must be between 0 and 1, not 1.5"),
@@ -130,6 +132,7 @@ WRONG_FLAGS = {
     options.linear_evaluation: [
         ("--lr 1 1.0", "1 is given twice"),
         ("--lr 1 x 2", "'x' is not a number"),
+        ("--lr 3O", "'3O' is not a number"),
         ("--lr DIR", "expected a number before the folder"),
         ("A --lr 1 B", "'B' is not a number"),
         ("-e", "--evaluate needs the classifier to validate: --resume model_best.pth.tar"),

@@ -105,16 +105,19 @@ def launched(variables, *words):
     return Forked(*words, prepare=lambda: os.environ.update({k: str(v) for k, v in variables.items()}))
 
 
-@pytest.mark.parametrize("launcher", ["Kubeflow", "deepspeed", "srun"])
+@pytest.mark.parametrize("launcher", ["by flags", "deepspeed", "srun"])
 def test_processes_of_any_launcher_that_says_where_they_meet_join(
     launcher, folders, tmp_path, free_port, whole
 ):
     def variables(rank):
+        if launcher == "by flags":
+            return {"RANK": rank, "WORLD_SIZE": 2}
         own = {"srun": {"SLURM_PROCID": rank, "SLURM_NTASKS": 2, "SLURM_LOCALID": rank}}.get(launcher, {})
         own |= {"LOCAL_RANK": rank, "LOCAL_SIZE": 2} if launcher == "deepspeed" else {}
         return own | {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port}
 
     words = [*TINY, "--output-dir", tmp_path, folders]
+    words += ["--dist-url", f"tcp://127.0.0.1:{free_port}"] if launcher == "by flags" else []
     flags = [[f"--local_rank={rank}"] if launcher == "deepspeed" else [] for rank in range(2)]
     first, second = (launched(variables(rank), *words, *flags[rank]) for rank in range(2))
     with first, second:
@@ -137,7 +140,7 @@ MEETING = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT"
             SLURM,
             [],
             r"Slurm says that this is process 1 of 2, but not .*`export RANK=\$SLURM_PROCID "
-            r"WORLD_SIZE=\$SLURM_NTASKS LOCAL_RANK=\$SLURM_LOCALID MASTER_ADDR=HOST MASTER_PORT=29500`",
+            r"WORLD_SIZE=\$SLURM_NTASKS MASTER_ADDR=HOST MASTER_PORT=29500`",
         ),
         ({"PMI_RANK": 0, "PMI_SIZE": 2}, [], r"MPI says .* WORLD_SIZE=\$PMI_SIZE MASTER_ADDR=HOST"),
         (
@@ -156,6 +159,13 @@ MEETING = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT"
             SPAWN[:1],
             r"a node, add --world-size \$WORLD_SIZE .*leave out --multiprocessing-distributed",
         ),
+        (
+            SLURM,
+            ["--dist-url", "tcp://127.0.0.1:1"],
+            r"RANK=\$SLURM_PROCID WORLD_SIZE=\$SLURM_NTASKS` before",
+        ),
+        (SLURM, [SPAWN[0], "--dist-url", "tcp://127.0.0.1:1"], "if each of them is a node"),
+        ({"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}, [], "but not RANK: set it"),
         (MEETING | {"RANK": 2}, [], "RANK must be between 0 and 1"),
         (MEETING | {"LOCAL_RANK": "a"}, [], "LOCAL_RANK must be a whole number, not 'a'"),
         (

@@ -24,6 +24,7 @@ import main_moco
 from moco import files
 from moco.builder import MoCo
 from moco.errors import UserError
+from moco.lock import LOCK
 from moco.run.backbone import encoder_state
 from moco.run.checkpoint import (
     Checkpoints,
@@ -408,8 +409,8 @@ def test_files_of_linear_evaluation(tmp_path):
     assert source == str(checkpoints.previous) and checkpoint["epoch"] == 1
     with pytest.raises(UserError, match="has checkpoints of another run, such as checkpoint"):
         checkpoints.load("")
-    assert len(set(os.listdir(tmp_path)) - {files.LOCK}) == 3
-    assert checkpoints.load("", overwrite=True) == (None, {}) and os.listdir(tmp_path) == [files.LOCK]
+    assert len(set(os.listdir(tmp_path)) - {LOCK}) == 3
+    assert checkpoints.load("", overwrite=True) == (None, {}) and os.listdir(tmp_path) == [LOCK]
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_its_name_is(tmp_path, monkeypatch):
