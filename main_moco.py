@@ -13,6 +13,7 @@ import math
 from functools import partial
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from moco import losses, options, seeds
 from moco.builder import MoCo
@@ -186,6 +187,9 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        if printed:
+            scaler.unscale_(optimizer)
+            grad_norm = get_total_norm([weight.grad for weight in model.encoder_q.parameters()])
         scaler.step(optimizer)
         scaler.update()
 
@@ -193,7 +197,8 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
         if printed:
             meters.check_finite(epoch, step, lr)
             fill = queue_fill(epoch, step + 1, loader, args)
-            log.step(meters, epoch, step, lr=lr, features=similarities(q, k, mean_key), queue_fill=fill)
+            features = similarities(q, k, mean_key) | {"grad_norm": grad_norm}
+            log.step(meters, epoch, step, lr=lr, features=features, queue_fill=fill)
         if stop.requested():  # on any rank
             break
     meters.check_finite(epoch, step, lr)

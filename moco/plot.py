@@ -166,6 +166,8 @@ OTHERS = {
     "Cosine: positive (solid), negative (dashed)": ["pos_similarity", "neg_similarity"],
     "Alignment: mean |q − k|² of positives": ["alignment"],
     "Uniformity: log mean exp(−2|q − q′|²)": ["uniformity"],
+    "RankMe: effective rank of features": ["rankme"],
+    "Norm of the gradient": ["grad_norm"],
     "Learning rate": ["lr"],
     "Images per second": ["images_per_s"],
     "Share of the queue filled": ["queue_fill"],
@@ -198,7 +200,7 @@ def figure_of(runs):
                 axis.autoscale_view()
         for axis in axes[len(panels) :]:
             axis.remove()
-        after = "validation" if runs[0].linear else "kNN"
+        after = "validation" if runs[0].linear else "kNN and RankMe"
         caption = (
             f"epochs (plain: single steps; markers: means of an epoch, at its middle; {after}: after it)"
         )
@@ -243,7 +245,7 @@ def _draw_run(axis, run, name, number, dashes):
         dot = {"marker": "." if len(x) == 1 else None, "color": look["color"]}
         axis.plot(x, y, linestyle=dashes, **faint, **dot, gid=f"{number} {name} steps")
     if means[0]:
-        after = 1 if name.startswith(("knn/", "val_")) else 0.5
+        after = 1 if name.startswith(("knn/", "rankme", "val_")) else 0.5
         x, every = [at + after for at in means[0]], math.ceil(len(means[0]) / 12)
         gid = f"{number} {name} epochs"
         axis.plot(x, means[1], linestyle=dashes, linewidth=1.4, markevery=every, **look, gid=gid)

@@ -1,4 +1,4 @@
-"""The backbone of a checkpoint, its features of a data set, and how features lie on the sphere."""
+"""The backbone of a checkpoint, its features of a data set, and how features lie in space."""
 
 import contextlib
 
@@ -57,6 +57,26 @@ def features_of(network, loader, device, autocast=contextlib.nullcontext):
             features.append(network(normalize(batch.pixels[0])).float().to(device))
         targets.append(batch.targets.to(device))
     return torch.cat(features), torch.cat(targets)
+
+
+def gram(features):
+    """The products of the columns of features, N x d: float64 d x d."""
+    rows = features.split(4096)
+    return sum((part.double().T @ part.double() for part in rows[1:]), rows[0].double().T @ rows[0].double())
+
+
+def rankme(gram):
+    """RankMe, the effective rank of features Z (N x d) by their gram(Z): a number from 1 to d, nan where one
+    is not finite.
+
+    The exponential of the entropy of Z's singular values, as shares of their sum (Garrido et al. 2023, without
+    the 1e-7 that they add for logarithms of 0). Features that have collapsed to r dimensions have at most r.
+    """
+    if not gram.isfinite().all():
+        return float("nan")
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # singular values, squared in gram
+    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def similarities(q, k, mean_key):

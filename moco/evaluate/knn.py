@@ -17,7 +17,7 @@ from moco.data.folders import image_folder, use_numbers_of_train
 from moco.data.loader import ValidationLoader
 from moco.encoders import backbone
 from moco.errors import UserError
-from moco.evaluate.features import features_of
+from moco.evaluate.features import features_of, gram, rankme
 from moco.shuffle import concat_all_gather
 from moco.trifeature import FACTORS, factor_of, is_combination
 
@@ -79,7 +79,8 @@ def labeled_val(images):
 
 
 class KnnMonitor:
-    """The percentage of val/ that an encoder in training classifies right, by nearest neighbors in train/.
+    """The percentage of val/ that an encoder in training classifies right, by nearest neighbors in train/,
+    and the effective rank of its features of train/.
 
     The features are those of linear evaluation: before the classifier, of central views. The training is not
     changed: a second network in eval mode borrows the encoder's weights, and no random numbers are drawn.
@@ -113,20 +114,27 @@ class KnnMonitor:
         self.network = backbone(base_encoder).to(rank.device).eval()
 
     def __call__(self, epoch, encoder):
-        """{"knn": {labeling: percent}} after `epoch`, or {} when it is not evaluated. On all ranks."""
+        """After `epoch` {"knn": {labeling: percent}, "rankme": of train/}, or {} where it is not evaluated.
+
+        To be called on all ranks.
+        """
         if not self.every or ((epoch + 1) % self.every and epoch + 1 < self.epochs):
             return {}
         began = time.monotonic()
-        percent = self._percent(encoder)
+        percent, rank = self._measure(encoder)
         numbers = " ".join(f"{name} {value:.1f}" for name, value in percent.items())
-        self.rank.print(f" * kNN {numbers} ({time.monotonic() - began:.1f} s)")
-        return {"knn": percent}
+        self.rank.print(f" * kNN {numbers}, RankMe {rank:.1f} ({time.monotonic() - began:.1f} s)")
+        return {"knn": percent, "rankme": rank}
 
     @torch.no_grad()
-    def _percent(self, encoder):
+    def _measure(self, encoder):
+        """(percentages by labeling, RankMe)"""
         self._borrow_weights(encoder)
-        bank, bank_classes = (self._in_order(part) for part in self._features(self.train, self.skip_bad))
+        share, share_classes = self._features(self.train, self.skip_bad)
+        products = self.rank.all_reduce(gram(share[share_classes >= 0]))
+        bank, bank_classes = self._in_order(F.normalize(share, dim=1)), self._in_order(share_classes)
         queries, classes = self._features(self.val)
+        queries = F.normalize(queries, dim=1)
         readable = bank_classes >= 0
         bank, bank_classes = bank[readable], bank_classes[readable]
         similarity, index = neighbors(queries, bank, K)
@@ -135,7 +143,8 @@ class KnnMonitor:
             labels, truth = of_bank.to(index.device)[bank_classes], of_queries.to(index.device)[classes]
             correct.append((vote(similarity, labels[index], count) == truth).sum())
         correct = self.rank.all_reduce(torch.stack(correct)).tolist()
-        return {name: 100 * n / len(self.val) for name, n in zip(self.labels, correct, strict=True)}
+        percent = {name: 100 * n / len(self.val) for name, n in zip(self.labels, correct, strict=True)}
+        return percent, rankme(products)
 
     def _borrow_weights(self, encoder):
         # The BatchNorm statistics are those of rank 0, which DDP sends to the others before their next step.
@@ -145,12 +154,11 @@ class KnnMonitor:
         self.network.load_state_dict(state, assign=True)  # the same memory, not a copy
 
     def _features(self, images, skip_bad=False):
-        """Unit rows and classes (-1: not readable) of this process's share of the images."""
+        """Features and classes (-1: not readable) of this process's share of the images."""
         with contextlib.closing(
             self.loader(images, skip_bad=skip_bad)
         ) as loader:  # no idle workers in between
-            features, classes = features_of(self.network, loader, self.rank.device, self.autocast)
-        return F.normalize(features, dim=1), classes
+            return features_of(self.network, loader, self.rank.device, self.autocast)
 
     def _in_order(self, share):
         """The rows of all train/ images from each process's share of them: rank, rank + world_size, ..."""

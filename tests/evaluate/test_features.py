@@ -11,7 +11,7 @@ from moco.data.folders import image_folder
 from moco.data.loader import ValidationLoader
 from moco.encoders import backbone, base_encoder
 from moco.errors import UserError
-from moco.evaluate.features import backbone_of, features_of, similarities
+from moco.evaluate.features import backbone_of, features_of, gram, rankme, similarities
 
 ARCH = "shufflenet_v2_x0_5"
 
@@ -39,6 +39,17 @@ def test_similarities_are_those_of_loops():
     other = similarities(q, k.roll(1, 0), queue.T.roll(1, 0).mean(dim=1))
     differ = {name for name in expected if other[name].item() != pytest.approx(expected[name], rel=1e-3)}
     assert differ == {"pos_similarity", "neg_similarity", "alignment"}  # negative control
+
+
+@pytest.mark.parametrize("rows", [3, 5000])
+def test_rankme_is_the_number_of_dimensions_that_features_use(rows):
+    basis, _ = torch.linalg.qr(torch.randn(rows, 3))  # orthonormal columns
+    found = [rankme(gram(basis[:, :used] @ torch.eye(3)[:used])) for used in (1, 2, 3)]
+    assert found == pytest.approx([1, 2, 3], rel=1e-3)
+    skewed = rankme(gram(basis * torch.tensor([3.0, 1.0, 0.0])))
+    assert skewed == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), rel=1e-3)
+    assert math.isnan(rankme(gram(torch.full((4, 3), math.inf))))
+    assert rankme(torch.zeros(3, 3)) <= 1  # all features 0
 
 
 def test_the_backbone_of_a_checkpoint_is_its_query_encoder(folders, tmp_path):

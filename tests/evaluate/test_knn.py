@@ -83,7 +83,8 @@ def percentages(rank, world, folder):
             buffer.add_(1)
     knn.K = 5
     who = Rank(rank, world, rank, world, world, torch.device("cpu"))
-    return monitor(folder, who, skip_bad=True)(1, encoder)["knn"]
+    found = monitor(folder, who, skip_bad=True)(1, encoder)
+    return found["knn"], found["rankme"]
 
 
 def by_hand(folder, seed=0):
@@ -98,7 +99,7 @@ def by_hand(folder, seed=0):
             view = functional.center_crop(functional.resize(Image.open(path).convert("RGB"), 37), 32)
             views.append(functional.normalize(functional.to_tensor(view), IMAGENET_MEAN, IMAGENET_STD))
         with torch.no_grad():
-            features = nn.functional.normalize(encoder(torch.stack(views)), dim=1)
+            features = encoder(torch.stack(views))
         found.append((features, [images.classes[target] for target in images.targets]))
     return found
 
@@ -106,15 +107,26 @@ def by_hand(folder, seed=0):
 def correct(train, val, label_of, classes):
     """The percentage of val that the 5 nearest of train classify right by the definition."""
     (bank, bank_names), (queries, names) = train, val
+    bank, queries = nn.functional.normalize(bank, dim=1), nn.functional.normalize(queries, dim=1)
     predicted = literal(queries, bank, [label_of(name) for name in bank_names], classes, 5, 0.1)
     return 100 * sum(a == label_of(b) for a, b in zip(predicted, names, strict=True)) / len(predicted)
 
 
+def effective_rank(features):
+    """RankMe by its definition, from all singular values."""
+    values = torch.linalg.svdvals(features.double())
+    return math.exp(-sum(share * math.log(share) for share in (values / values.sum()).tolist() if share))
+
+
 def test_the_percentage_is_exact_in_1_and_2_processes(folders, run_ranks):
     classes = ("ant", "bee", "cat")
-    expected = correct(*by_hand(folders), classes.index, 3)
+    train, val = by_hand(folders)
+    expected = correct(train, val, classes.index, 3), effective_rank(train[0])
+    assert 1 < expected[1] < len(train[0])
     for world in (1, 2):
-        assert run_ranks(world, percentages, folders) == [{"class": pytest.approx(expected)}] * world
+        percent, rank = pytest.approx(expected[0]), pytest.approx(expected[1], rel=1e-4)
+        assert run_ranks(world, percentages, folders) == [({"class": percent}, rank)] * world
+    expected = expected[0]
     others = {correct(*by_hand(folders, seed), classes.index, 3) for seed in range(1, 5)}
     assert others != {expected}  # negative control: the encoder counts
 
@@ -130,12 +142,14 @@ def test_factors_of_trifeature_and_an_image_that_cannot_be_read(tmp_path, run_ra
     broken = tmp_path / "train" / names[2] / "1.jpg"
     broken.write_text("no image")
     for world in (1, 2):
-        first, *others = run_ranks(world, percentages, tmp_path)
-        assert all(other == first for other in others) and list(first) == ["shape", "texture", "color"]
+        (first, rank), *others = run_ranks(world, percentages, tmp_path)
+        assert all(other == (first, rank) for other in others)
+        assert list(first) == ["shape", "texture", "color"]
     with pytest.raises(UserError, match="1.jpg"):
         monitor(tmp_path)(1, encoder_of())
     broken.unlink()
     train, val = by_hand(tmp_path)
+    assert rank == pytest.approx(effective_rank(train[0]), rel=1e-4)  # it was left out
     for number, (factor, values) in enumerate(FACTORS.items()):
         expected = correct(train, val, lambda name: values.index(name.split("_")[number]), 10)  # noqa: B023
         assert first[factor] == pytest.approx(expected)
@@ -147,7 +161,7 @@ def test_the_encoder_and_the_random_numbers_stay_as_they_are(folders, capsys):
     state, random = {name: t.clone() for name, t in encoder.state_dict().items()}, torch.get_rng_state()
     assert made(0, encoder) == {} and made(2, encoder) == {} and capsys.readouterr().out == ""
     first = made(1, encoder)
-    assert capsys.readouterr().out.startswith(f" * kNN class {first['knn']['class']:.1f} (")
+    assert capsys.readouterr().out.startswith(f" * kNN class {first['knn']['class']:.1f}, RankMe ")
     assert made(3, encoder) == made(4, encoder) == first  # epoch 4 is the last one
     assert torch.equal(torch.get_rng_state(), random) and encoder.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 # Of a line of a step, and of an epoch.
 NUMBERS = {
     *("loss", "acc1", "acc5", "lr", "seconds", "data_seconds", "images_per_s", "memory_mb", "queue_fill"),
-    *("pos_similarity", "neg_similarity", "alignment", "uniformity"),
+    *("pos_similarity", "neg_similarity", "alignment", "uniformity", "grad_norm"),
 }
 
 
@@ -34,5 +34,6 @@ def expected_scalars(entries, steps=3):
     for entry in entries:
         place = entry["epoch"] * steps + entry.get("step", steps - 1) + 1
         expected |= {(f"{entry['kind']}/{name}", place): entry[name] for name in NUMBERS}
+        expected |= {("epoch/rankme", place): entry["rankme"]} if "rankme" in entry else {}
         expected |= {(f"epoch/knn/{name}", place): value for name, value in entry.get("knn", {}).items()}
     return expected

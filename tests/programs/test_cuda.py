@@ -28,13 +28,15 @@ SAME_PIXELS = "equal to the CPU's on generated views"  # else something was refu
 # The places (file, function) where the host waits for the device.
 START = {
     *(("main_moco.py", "pretrain"), ("main_lincls.py", "evaluate")),  # models go to the device
+    ("moco/evaluate/knn.py", "__init__"),
     *(("moco/data/device.py", name) for name in ("difference", "_normalized_bytes", "_hues_below")),
 }
 PRINTED = {("moco/run/log.py", name) for name in ("check_finite", "mean", "line", "_plain")}  # steps
 EPOCH = {  # with its checkpoint
     *(("moco/run/log.py", "state_dict"), ("moco/run/checkpoint.py", "_copied")),
     *(("moco/run/checkpoint.py", "save"), ("moco/data/ring.py", "_unpin")),
-    *(("moco/evaluate/knn.py", name) for name in ("_percent", "_borrow_weights")),
+    *(("moco/evaluate/knn.py", name) for name in ("_measure", "_borrow_weights")),
+    ("moco/evaluate/features.py", "rankme"),
     *(("moco/evaluate/linear.py", name) for name in ("check_frozen", "mean_losses", "score")),
 }
 # Before a slot of the ring is written to again: by then its copy has ended, as it was the one of three steps

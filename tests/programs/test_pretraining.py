@@ -81,17 +81,23 @@ def test_the_log_says_what_was_printed(folders, tmp_path, cli):
         assert entry["alignment"] == pytest.approx(2 - 2 * entry["pos_similarity"], abs=1e-4)
 
     epochs = [entry for entry in others if entry["kind"] == "epoch"]
-    assert [set(entry) - NUMBERS for entry in epochs] == [{"kind", "epoch"}, {"kind", "epoch", "knn"}]
+    assert [set(entry) - NUMBERS for entry in epochs] == [
+        {"kind", "epoch"},
+        {"kind", "epoch", "knn", "rankme"},
+    ]
     means = re.findall(r"^epoch \d: loss (\d\.\d{4})", output, re.MULTILINE)
     assert [f"{entry['loss']:.4f}" for entry in epochs] == means
-    assert f" * kNN class {epochs[1]['knn']['class']:.1f} (" in output and output.count("kNN") == 1
+    assert (
+        f" * kNN class {epochs[1]['knn']['class']:.1f}, RankMe {epochs[1]['rankme']:.1f} (" in output
+        and output.count("kNN") == 1
+    )
     for entry, two in zip(epochs, (steps[:2], steps[2:]), strict=True):
         for name in ("pos_similarity", "uniformity"):
             assert entry[name] == pytest.approx((two[0][name] + two[1][name]) / 2, rel=1e-5)
         assert entry["images_per_s"] == pytest.approx(24 / entry["seconds"])
     found = scalars(tmp_path / "tensorboard")
     assert found == pytest.approx(expected_scalars(others), rel=1e-6)
-    assert len(found) == 6 * len(NUMBERS) + 1
+    assert len(found) == 6 * len(NUMBERS) + 2
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -128,13 +134,13 @@ def test_a_stop_while_evaluating_or_within_an_epoch_leaves_no_gap_in_log_and_cur
     """The first run is stopped in step 4 of 6, the second while it evaluates the second epoch of three."""
 
     def stop_in_knn():
-        real = main_moco.KnnMonitor._percent
+        real = main_moco.KnnMonitor._measure
 
         def percent(*arguments):
             os.kill(os.getpid(), signal.SIGTERM)
             return real(*arguments)
 
-        main_moco.KnnMonitor._percent = percent
+        main_moco.KnnMonitor._measure = percent
 
     words = [*TINY, "--epochs", "3", "--knn", "1", "--tensorboard", "--resume", "auto", "-j", "0", folders]
     words += ["--output-dir", tmp_path / "parts"]
