@@ -69,8 +69,8 @@ def rankme(gram):
     """RankMe, the effective rank of features Z (N x d) by their gram(Z): a number from 1 to d, nan where one
     is not finite.
 
-    The exponential of the entropy of Z's singular values, as shares of their sum (Garrido et al. 2023, without
-    the 1e-7 that they add for logarithms of 0). Features that have collapsed to r dimensions have at most r.
+    The exponential of the entropy of Z's singular values, as shares of their sum (Garrido et al. 2023,
+    without the 1e-7 that they add for logarithms of 0). Features in r dimensions have at most r.
     """
     if not gram.isfinite().all():
         return float("nan")
