@@ -83,11 +83,8 @@ def _check_library(to, arch, stem):
     is_resnet = arch.startswith(RESNETS)
     has_it = {"timm": is_resnet, "detectron2": is_resnet and stem is None, "safetensors": True}
     if to != home and not has_it.get(to, False):
-        raise UserError(
-            f"{to} has no {arch}"
-            + f" with --stem {stem}" * bool(stem)
-            + f" as it is here: export it --to {home}"
-        )
+        with_stem = f" with --stem {stem}" if stem else ""
+        raise UserError(f"{to} has no {arch}{with_stem} as it is here: export it --to {home}")
 
 
 def _usage(to, arch, head, state, stem, image_size):

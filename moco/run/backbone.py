@@ -69,12 +69,12 @@ def network_settings(checkpoint, path, arch, stem=None, image_size=None):
                 size = int(arch.rpartition("_")[2]) * math.isqrt(max(shape[1] - 1, 0))
     if stem == SMALL and not has_small_stem:
         raise UserError(f"{path} is of a network without --stem small: leave it out")
-    step = 8 if arch == "conv3" else 1  # it takes all sizes that round up to the same
-    if size and image_size and size != step * math.ceil(image_size / step):
-        raise UserError(f"{path} is of a network for --image-size {size}, not {image_size}: use the same")
     trained = checkpoint.get("settings")
     trained = trained.get("image_size") if isinstance(trained, dict) else None  # others may have any
     trained = trained if isinstance(trained, int) and trained > 0 else None
+    step = 8 if arch == "conv3" else 1  # it takes all sizes that round up to the same
+    if size and image_size and size != step * math.ceil(image_size / step):
+        raise UserError(f"{path} is of --image-size {trained or size}, not {image_size}: use the same")
     return {"stem": SMALL if has_small_stem else None, "image_size": image_size or trained or size or 224}
 
 

@@ -222,7 +222,8 @@ def check_compatible(checkpoint, path, data, settings, rank):
     for name in ("moco_dim", "moco_k", "mlp", "stem"):
         if name in before and before[name] != settings[name]:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{path} is of a run with {flag} {before[name]}, not {settings[name]}")
+            there, here = ("none" if value is None else value for value in (before[name], settings[name]))
+            raise UserError(f"{path} is of a run with {flag} {there}, not {here}")
     if step and before.get("seed", settings["seed"]) != settings["seed"]:
         raise UserError(
             f"{path} is from within an epoch of --seed {before['seed']}, which --seed {settings['seed']} "

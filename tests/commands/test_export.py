@@ -17,6 +17,7 @@ import torchvision
 from export_models import write_checkpoint
 from torch import nn
 
+from moco.encoders import base_encoder, last_linear, replace_layer
 from moco.errors import UserError
 from moco.export import SUFFIXES, detectron2_name, export, main
 
@@ -37,6 +38,30 @@ def headless(arch):
     model = torchvision.models.get_model(arch, weights=None)
     model.fc = nn.Identity()
     return model
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size", "to"),
+    [
+        ("resnet18", "small", 32, "torchvision"),
+        ("resnet18", "small", 32, "timm"),
+        ("conv3", None, 30, "safetensors"),
+        ("timm:test_vit", None, 32, "timm"),
+        ("mobilenet_v3_small", None, 32, "torchvision"),
+    ],
+)
+def test_the_printed_lines_build_what_is_not_of_the_librarys_default(tmp_path, cli, arch, stem, size, to):
+    encoder = base_encoder(arch, stem=stem, image_size=size)
+    own = encoder(num_classes=3).eval()
+    found = {"arch": arch, "state_dict": own.state_dict(), "settings": {"image_size": size}}
+    torch.save(found, tmp_path / "c.pth.tar")
+    code, output, errors = cli(main, tmp_path / "c.pth.tar", tmp_path / f"b{SUFFIXES[to][0]}", "--to", to)
+    assert code == 0, errors
+    names = {"torch": torch, "torchvision": torchvision, "timm": timm, "safetensors": safetensors}
+    exec("\n".join(output.splitlines()[2:]), names)
+    replace_layer(own, last_linear(encoder), nn.Identity())
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(names["model"].eval()(images), own(images), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +205,12 @@ def files(resnet18, tmp_path_factory):
         ("misspelled", "out.pth", "timm", "did you mean resnet18"),
         ("without encoder", "out.pth", "timm", "does not fit"),
         ("without arch", "out.pth", "timm", "--arch, such as resnet50"),
-        ("shufflenet", "out.pth", "timm", "timm has no shufflenet"),
+        (
+            "shufflenet",
+            "out.pth",
+            "timm",
+            "timm has no shufflenet_v2_x0_5 as it is here: .* --to torchvision",
+        ),
     ],
 )
 def test_wrong_use_is_a_sentence_and_writes_nothing(

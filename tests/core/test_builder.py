@@ -6,10 +6,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tiny import TinyEncoder
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import convnext_tiny, squeezenet1_1
 
 from moco import losses
+from moco.batchnorm import interleave, split_batchnorm
 from moco.builder import MoCo, concat_all_gather
 from moco.encoders import base_encoder
+from moco.errors import UserError
 
 
 def images(count, size=16, seed=0, dtype=torch.float32):
@@ -116,9 +119,30 @@ def split_run(rank, world, make, groups, size, compiled=False):
     return as_arrays, {name: t.numpy() for name, t in state.items()}
 
 
+def of_timm(num_classes):
+    """A network with BatchNorm and activation in one module."""
+    return base_encoder("timm:test_efficientnet")(num_classes)
+
+
+def test_an_activation_within_batchnorm_stays():
+    own, split = (of_timm(4).train() for _ in range(2))
+    split.load_state_dict(own.state_dict())
+    assert split_batchnorm(split, 2)
+    x = torch.randn(4, 3, 32, 32)
+    groups = torch.cat([x[::2], x[1::2]])
+    assert torch.allclose(split(interleave(groups, 2))[::2], own(x[::2]), atol=1e-4)
+    assert not torch.allclose(own(x), split(x), atol=1e-2)  # negative control
+
+
 @pytest.mark.parametrize(
     ("make", "size", "compiled"),
-    [(TinyEncoder, 16, False), (TinyEncoder, 16, True), (base_encoder("shufflenet_v2_x0_5"), 64, False)],
+    [
+        (TinyEncoder, 16, False),
+        (TinyEncoder, 16, True),
+        (base_encoder("shufflenet_v2_x0_5"), 64, False),
+        (base_encoder("conv3", image_size=16), 16, False),  # with a BatchNorm1d
+        pytest.param(of_timm, 32, False, marks=pytest.mark.slow),
+    ],
 )
 def test_one_process_with_groups_is_as_many_processes(run_ranks, make, size, compiled):
     (first, state), (second, _) = run_ranks(2, split_run, make, 1, size)
@@ -137,6 +161,17 @@ def test_one_process_with_groups_is_as_many_processes(run_ranks, make, size, com
         )
     without, _ = split_run(0, 1, make, 1, size)
     assert abs(without[0][0] - one[0][0]) > 1e-4
+
+
+def test_what_moco_cannot_take_is_the_sentence_of_the_program():
+    with pytest.raises(
+        UserError, match="has its one Linear classifier, and SqueezeNet has none; choose another"
+    ):
+        MoCo(squeezenet1_1)
+    with pytest.raises(
+        UserError, match="ConvNeXt has no BatchNorm that --bn-splits could split: leave it out"
+    ):
+        MoCo(convnext_tiny, K=8, bn_splits=2)
 
 
 def many_steps(rank, world):

@@ -1,6 +1,7 @@
 """Base encoders: which architectures are taken, which image sizes, and further input channels."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -25,6 +26,37 @@ def test_an_encoder_gives_one_tensor_of_num_classes(arch):
 def test_other_architectures_are_refused(arch, message):
     with pytest.raises(UserError, match=re.escape(message)):
         last_linear(base_encoder(arch))
+
+
+def test_without_timm_the_pip_line_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        UserError, match="-a timm:resnet18 needs a package that is not installed: pip install timm"
+    ):
+        base_encoder("timm:resnet18")
+
+
+def test_a_small_stem_keeps_the_size_and_the_other_weights():
+    torch.manual_seed(0)
+    plain = base_encoder("resnet18")(num_classes=4)
+    torch.manual_seed(0)
+    small = base_encoder("resnet18", stem="small")(num_classes=4)
+    assert small.conv1(torch.zeros(1, 3, 9, 9)).shape == (1, 64, 9, 9)
+    assert small.maxpool(small.conv1.weight) is small.conv1.weight
+    assert small.conv1.weight.std().item() == pytest.approx(
+        (2 / (64 * 9)) ** 0.5, rel=0.1
+    )  # He 2015, fan out
+    differ = [n for n, x in plain.state_dict().items() if not torch.equal(x, small.state_dict()[n])]
+    assert differ == ["conv1.weight"]
+
+
+def test_conv3_is_as_described():
+    network = base_encoder("conv3", image_size=30)(num_classes=5)
+    shapes = [tuple(x.shape) for x in network.parameters() if x.dim() > 1]
+    assert shapes == [(32, 3, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (128, 64 * 4 * 4), (5, 128)]
+    assert network.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    with pytest.raises(RuntimeError):  # negative control
+        network(torch.randn(2, 3, 33, 33))
 
 
 @pytest.mark.parametrize(("arch", "size"), [("inception_v3", 64), ("googlenet", 8)])

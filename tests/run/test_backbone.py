@@ -19,8 +19,9 @@ from torch import nn
 
 import main_lincls
 import main_moco
+from moco.encoders import base_encoder
 from moco.errors import UserError
-from moco.run.backbone import encoder_state, load_encoder
+from moco.run.backbone import encoder_state, load_encoder, network_settings
 from moco.run.checkpoint import read
 
 ARCH = "tiny"
@@ -223,6 +224,38 @@ def test_what_cannot_be_told_is_refused_with_the_prefixes_found(tmp_path, conten
         loaded(tmp_path, content)
     assert str(error.value).startswith(str(tmp_path / "file.pth"))
     assert not re.search("--moco|--mlp", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "asked"),
+    [
+        ("resnet18", {"stem": "small"}, "resnet34"),
+        ("conv3", {"image_size": 32}, "resnet18"),
+    ],
+)
+def test_of_another_network_the_one_that_would_fit_is_named(tmp_path, arch, settings, asked):
+    content = base_encoder(arch, **settings)(num_classes=2).state_dict()
+    with pytest.raises(UserError, match=f"; its tensors are those of {arch}; name that with --arch"):
+        loaded(tmp_path, content, asked, base_encoder(asked)(num_classes=2))
+    loaded(tmp_path, content, arch, base_encoder(arch, **settings)(num_classes=2))
+    del content[next(iter(content))]
+    with pytest.raises(UserError, match="; if it is of another architecture, name that with --arch"):
+        loaded(tmp_path, content, asked, base_encoder(asked)(num_classes=2))
+
+
+def test_flags_against_the_shapes_of_a_file_are_said():
+    def settings(arch, asked, **made):
+        file = {"state_dict": base_encoder(arch, **made)(num_classes=2).state_dict()}
+        return network_settings(file, "file", arch, **asked)
+
+    assert settings("resnet18", {}, stem="small") == {"stem": "small", "image_size": 224}
+    assert settings("conv3", {"image_size": 27}, image_size=32) == {"stem": None, "image_size": 27}
+    for arch, asked, made, said in (
+        ("resnet18", {"stem": "small"}, {}, "file is of a network without --stem small: leave it out"),
+        ("conv3", {"image_size": 33}, {"image_size": 32}, "file is of --image-size 32, not 33: use the same"),
+    ):
+        with pytest.raises(UserError, match=said):
+            settings(arch, asked, **made)
 
 
 def test_the_same_tensors_twice_are_no_question(tmp_path):
