@@ -111,7 +111,7 @@ class KnnMonitor:
         self.labels = labelings(self.train, self.val)
         batch_size = max(loading["batch_size"], BATCH_PIXELS // loading["size"] ** 2)
         self.loader = partial(ValidationLoader, **{**loading, "batch_size": batch_size})
-        self.network = backbone(base_encoder).to(rank.device).eval()
+        self.network = backbone(base_encoder).eval()
 
     def __call__(self, epoch, encoder):
         """After `epoch` {"knn": {labeling: percent}, "rankme": of train/}, or {} where it is not evaluated.
@@ -152,6 +152,7 @@ class KnnMonitor:
         state = encoder.state_dict() | {name: b.to(self.rank.device) for name, b in buffers.items()}
         state = {name: state[name] for name in self.network.state_dict()}  # all but the head
         self.network.load_state_dict(state, assign=True)  # the same memory, not a copy
+        self.network.to(self.rank.device)  # tensors that no state_dict has
 
     def _features(self, images, skip_bad=False):
         """Features and classes (-1: not readable) of this process's share of the images."""
