@@ -34,8 +34,14 @@ class DivergedError(UserError):
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line below the usage, whatever was given.
 
-    `~` is the home folder also where shells leave it: in `--output-dir=~/x` and in quotes.
+    `~` is the home folder also where shells leave it: in `--output-dir=~/x` and in quotes. Negative numbers
+    are values of flags also with an exponent, as in `--gray-range -1.2e-05 1`.
     """
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        # argparse's own expression of some versions knows no exponent, and it has no public setting
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args

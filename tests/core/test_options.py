@@ -10,7 +10,7 @@ import main_lincls
 import main_moco
 from moco import options
 from moco.encoders import base_encoder
-from moco.errors import UserError
+from moco.errors import Parser, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHARED_DEFAULTS = (
@@ -243,6 +243,17 @@ def test_a_gray_range_is_two_numbers_in_order(words, message):
     for parse in (options.pretraining, options.linear_evaluation):
         with pytest.raises(UserError, match=f"argument --gray-range: {message}"):
             parse(["--gray-range", *words.split()])
+
+
+@pytest.mark.parametrize("words", ["-1.2e-05 0.999501", "-1e3 3E+3", "-.5 -5.e-2", "-1024 3071"])
+def test_negative_numbers_may_have_an_exponent(words):
+    numbers = [float(word) for word in words.split()]
+    parser = Parser()
+    options.add_gray_range(parser.add_argument)  # as moco.check has it
+    for parse in (options.pretraining, options.linear_evaluation, parser.parse_args):
+        assert parse(["--gray-range", *words.split()]).gray_range == numbers
+    with pytest.raises(UserError, match="argument --gray-range: expected 2 arguments"):  # negative control
+        options.pretraining(["--gray-range", f"{words.split()[0]}x", words.split()[1]])
 
 
 def test_notes_say_what_to_expect():
