@@ -136,12 +136,13 @@ def evaluate(rank, args):
     backbone.to(rank.device)
     results = linear.Results(lrs, classes)
 
+    uses = []
     for split in filter(None, (images, val_images)):
         for line in split.summary():
             rank.print(line)
-    if rank.is_first and args.gray_range is None:
-        for line in range_warnings(uses_of_some(paths_of(images or val_images))):
-            rank.print(line)
+        uses += uses_of_some(paths_of(split), args.gray_range) if rank.is_first else []
+    for line in range_warnings(uses, args.gray_range):
+        rank.print(line)
     speed = options.speed(args, rank.device)
     rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {speed}")
     rank.print(val_loader.transport if args.evaluate else loader.transport)

@@ -119,8 +119,9 @@ def pretrain(rank, args):
         # of a stop within an epoch; "noted" is of files of earlier versions
         sums = checkpoint.get("log", {}) | checkpoint.get("noted", {}) if step else {}
 
-    if rank.is_first and args.gray_range is None:
-        for line in range_warnings(uses_of_some(paths_of(images))):
+    if rank.is_first:
+        uses = uses_of_some(paths_of(images), args.gray_range)
+        for line in range_warnings(uses, args.gray_range):
             rank.print(line)
     rank.print(f"{len(loader)} steps of {loader.global_batch} images an epoch, {loader.transport}")
     rank.print(f"{augment}; JPEG files are decoded by {decoder_name()}")

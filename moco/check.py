@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,16 @@ from PIL import Image
 from moco import trifeature
 from moco.data.decode import decoder_name, read_pixels, reason
 from moco.data.folders import image_folder, paths_of, pretraining_images, use_numbers_of_train
-from moco.data.gray import RangeError, overall, range_warnings, span, use_of
+from moco.data.gray import (
+    FormError,
+    RangeError,
+    Use,
+    most_of_high_bytes,
+    overall,
+    range_warnings,
+    span,
+    use_of,
+)
 from moco.data.ring import Workers
 from moco.errors import Parser, UserError, printable, run_program
 from moco.options import add_gray_range
@@ -26,6 +36,16 @@ ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 CHANNELS = 277  # TIFF's tag
 PHOTOMETRIC = 262  # TIFF's tag; 0 is white stored as 0
 BATCH = 256  # -b of main_moco.py, where it is not given
+
+
+class Examined(NamedTuple):
+    """What was found out about an image file."""
+
+    fault: str | None  # why it cannot be read
+    kind: type | None  # of the fault: RangeError, FormError, or None for all others
+    size: tuple | None  # (width, height) of one that can be read
+    remarks: list
+    use: Use | None
 
 
 def check(folder, workers=None, gray_range=None, listed=None):
@@ -43,22 +63,31 @@ def check(folder, workers=None, gray_range=None, listed=None):
         except UserError as error:
             faults.append(f"fault: {error}")
     splits = [images for images in (train, val) if images]
-    bad, uses, without_range, count = [], [], 0, sum(map(len, splits))
+    bad, uses, kinds, count = [], [], Counter(), sum(map(len, splits))
     for images in splits:
         paths = paths_of(images)
         examined = _examine_all(paths, workers, images.root, gray_range)
         report += _summary(images, examined, gray_range)
-        uses += [use for *_, use in examined if use]
-        bad += [f"bad: {path}: {fault}" for path, (fault, *_) in zip(paths, examined, strict=True) if fault]
-        without_range += sum(bool(fault and use) for fault, *_, use in examined)
+        uses += [each.use for each in examined if each.use]
+        bad += [
+            f"bad: {path}: {each.fault}" for path, each in zip(paths, examined, strict=True) if each.fault
+        ]
+        kinds.update(each.kind for each in examined if each.fault)
+        if images is train:  # of more than half no replacement may be found: moco.data.loader
+            can_skip = 0 < 2 * len(bad) <= len(train)
     report += range_warnings(uses, gray_range)
     if bad:
-        advice = "repair or remove them, or train with --on-bad-image skip"
-        advice += " (images of train/ only)" * bool(val)
-        if without_range:
-            others = f"; of the other {len(bad) - without_range}: {advice}" * (len(bad) > without_range)
-            advice = f"{without_range} need the --gray-range named above, here and in training{others}"
-        bad.append(f"{len(bad)} of {count} images cannot be read: {advice}")
+        parts = []
+        if number := kinds[RangeError]:
+            parts.append(f"{number} need the --gray-range named above, here and in training")
+        if number := kinds[FormError]:
+            parts.append(FormError.advice.format(it=f"{number} of them"))
+        if number := kinds[None]:
+            others = f"of the other {number}: " * bool(parts) + "repair or remove them"
+            if can_skip:
+                others += ", or train with --on-bad-image skip" + " (images of train/ only)" * bool(val)
+            parts.append(others)
+        bad.append(f"{len(bad)} of {count} images cannot be read: {'; '.join(parts)}")
     else:
         report.append(f"all {count} images can be read, by {decoder_name()}")
     if len(train) < 2:
@@ -82,7 +111,7 @@ def check(folder, workers=None, gray_range=None, listed=None):
 
 
 def _examine_all(paths, workers, label, gray_range):
-    """What `_examine` returns for each path, by `workers` processes, with progress."""
+    """The Examined of each path, by `workers` processes, with progress."""
     tasks = [paths[first : first + TASK] for first in range(0, len(paths), TASK)]
     workers = min(available_cores() if workers is None else workers, len(tasks))
     examined, progress = [], Progress(label, len(paths), "images")
@@ -99,26 +128,29 @@ def _examine_part(gray_range, paths):
 
 
 def _examine(path, gray_range):
-    """(why an image file cannot be read, or None; (width, height) or None; remarks; its moco.data.gray.Use or
-    None) of a path.
-    """
+    """The Examined of a path."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's name no file
         try:
             height, width, _ = read_pixels(path, gray_range).shape
-            return None, (width, height), list(_remarks(path)), use_of(path)
+            use = use_of(path, gray_range)
+            return Examined(None, None, (width, height), list(_remarks(path)), use)
         except (UserError, OSError) as error:
             cause = error.__cause__ or error
-            return reason(cause), None, [], use_of(path) if isinstance(cause, RangeError) else None
+            kind = type(cause) if isinstance(cause, (RangeError, FormError)) else None
+            use = None
+            if kind:
+                with contextlib.suppress(Exception):  # not known to Pillow
+                    use = use_of(path, gray_range)
+            return Examined(reason(cause), kind, None, [], use)
 
 
 def _remarks(path):
     with Image.open(path) as image:
-        stored = f"{image.mode} {image.tile[0][-1] if image.tile else ''}"  # Pillow's mode, and the file's
         tags = getattr(image, "tag_v2", {})
         if image.mode == "CMYK":
             yield "in CMYK: converted to RGB without their color profile"
-        if ";16" in stored and len(image.getbands()) > 1:
+        if most_of_high_bytes(image):
             yield "with 16 bits a color: the high 8 are used"
         if tags.get(PHOTOMETRIC) == 0 and image.mode[0] in "IF":
             yield "gray of more than 8 bits with white stored as 0: read without inverting it"
@@ -147,17 +179,17 @@ def _frames(image):
 
 
 def _summary(images, examined, gray_range):
-    """Lines about an ImageFolder, from what `_examine` returned for its images."""
-    sizes = np.array([size for _, size, *_ in examined if size], int).reshape(-1, 2)
+    """Lines about an ImageFolder, from the Examined of its images."""
+    sizes = np.array([each.size for each in examined if each.size], int).reshape(-1, 2)
     yield from images.summary()
     if images.classes:
         of_classes = _range(list(Counter(images.targets).values()))
         yield f"  classes {len(images.classes)}, images of each (smallest / median / largest): {of_classes}"
     if len(sizes):
         yield f"  pixels: width {_range(sizes[:, 0])}, height {_range(sizes[:, 1])}"
-    remarks = Counter(remark for *_, remarks, _ in examined for remark in remarks)
+    remarks = Counter(remark for each in examined for remark in each.remarks)
     yield from (f"  {count} {remark}" for remark, count in remarks.items())
-    for count, use in overall(use for *_, use in examined if use):
+    for count, use in overall(each.use for each in examined if each.use):
         mapped = gray_range or use.limits
         becomes = f", {span(mapped)} become 0 to 255" if mapped else ""
         yield f"  {count} gray with {use.kind} values: {span(use)}{becomes}"

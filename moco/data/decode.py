@@ -14,10 +14,15 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moco.data.gray import RangeError, gray_of
+from moco.data.gray import FormError, gray_of
 from moco.errors import UserError
 
-TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # how such files begin
+TIFF = {  # how such files begin: byte order, and where it says at which byte the directory is
+    b"II*\0": ("little", slice(4, 8)),
+    b"MM\0*": ("big", slice(4, 8)),
+    b"II+\0": ("little", slice(8, 16)),
+    b"MM\0+": ("big", slice(8, 16)),
+}
 
 try:
     import simplejpeg
@@ -68,14 +73,15 @@ def decode_by_pillow(data, gray_range=None):
         opened = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         if data[:4] in TIFF:
-            raise ValueError("a TIFF whose channels, bits or kind of numbers Pillow does not know") from error
+            order, place = TIFF[data[:4]]
+            if int.from_bytes(data[place], order) >= len(data):
+                raise ValueError("a TIFF whose end is missing") from error
+            raise FormError("a TIFF whose channels, bits or kind of numbers Pillow does not know") from error
         raise
     with opened as image:
         gray = gray_of(image)  # convert("RGB") would clip it to white
         if gray:
             return np.repeat(gray.pixels(gray_range)[:, :, None], 3, axis=2)
-        if gray_range and image.tile and image.tile[0][-1] == "LA;16B":  # Pillow drops the low byte
-            raise ValueError("--gray-range needs 16-bit gray images without alpha: save it without")
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -88,7 +94,5 @@ def reason(error):
 
 
 def _unreadable(path, error):
-    advice = "repair or remove it"
-    if isinstance(error, RangeError):
-        advice = "say it with --gray-range LOW HIGH (python -m moco.check names the range that is used)"
+    advice = getattr(error, "advice", "repair or remove {it}").format(it="it")
     return UserError(f"{path} cannot be read as an image ({reason(error)}); {advice}")

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from forked_program import Program
-from odd_images import CT, DAMAGED, encoded, oriented, photograph, tiff
+from odd_images import CT, DAMAGED, ct, encoded, oriented, photograph, png16, tiff
 
 from moco import check, trifeature
 
@@ -78,6 +78,7 @@ def test_names_of_any_bytes_are_printed_escaped(images, cli):
 
 def test_odd_images_are_counted_and_good(tmp_path, cli):
     color = np.zeros((6, 10, 5), np.uint8)
+    color[0, 0, 0] = 255
     pages = [photograph().convert(mode) for mode in ("RGB", "L")]
     odd = {
         "plain.jpg": encoded(photograph()),
@@ -88,7 +89,7 @@ def test_odd_images_are_counted_and_good(tmp_path, cli):
         "rgba.png": encoded(photograph().convert("RGBA"), "PNG"),
         "la.png": encoded(photograph().convert("LA"), "PNG"),
         "transparent.png": encoded(photograph().convert("P"), "PNG", transparency=0),
-        "color16.tif": tiff(color[:, :, :3].astype(np.uint16), photometric=2),
+        "color16.tif": tiff(256 * color[:, :, :3].astype(np.uint16), photometric=2),
         "inverted.tif": tiff(np.full((6, 10), 60000, np.uint16), photometric=0),
         "channels.tif": tiff(color, photometric=2, extra=(0, 0)),
         "pages.tif": encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]),
@@ -144,9 +145,15 @@ def test_what_needs_a_range_is_told_from_what_is_damaged(tmp_path, cli):
     code, output, _ = cli(check.main, tmp_path)
     assert code == 1 and "1 need the --gray-range named above" in output
     assert "; of the other 1: repair or remove them" in output
-    (tmp_path / "train" / "ct" / "0.tif").unlink()
+    (tmp_path / "train" / "ct" / "2.png").write_bytes(png16(ct("12-bit"), "LA"))
+    code, output, _ = cli(check.main, tmp_path, "--gray-range", "0", "1")
+    assert code == 1 and "2 of 3 images cannot be read: save 1 of them as gray of 8 or 16 bits" in output
+    assert output.endswith("; of the other 1: repair or remove them\n")  # to skip most would fail
+    (tmp_path / "train" / "ct" / "2.png").unlink()
+    (tmp_path / "train" / "ct" / "0.tif").write_bytes(encoded(photograph(), "TIFF"))
     code, output, _ = cli(check.main, tmp_path)
     assert code == 1 and "gray-range" not in output
+    assert output.endswith("cannot be read: repair or remove them, or train with --on-bad-image skip\n")
 
 
 def test_what_is_left_out_is_said(images, cli):

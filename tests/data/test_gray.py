@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from odd_images import CT, alpha, ct, encoded, photograph, tiff
+from odd_images import CT, alpha, ct, encoded, photograph, png16, tiff
 from PIL import Image
 
 from moco.data.augment import moco_v2
@@ -81,8 +81,21 @@ def test_what_no_range_can_mend_is_refused_in_words_that_fit(tmp_path):
     for name, data, gray_range, words in (
         ("a.tif", tiff(ct("float")), None, r"\(its float values do not .*\); say it with --gray-range LOW H"),
         ("b.tif", tiff(numbers("int32")), None, r"\(its 32-bit values do not .*\); say it with --gray-range"),
-        ("c.tif", tiff(numbers("float32").astype(float)), (0, 1), r"\(a TIFF whose .* Pillow does not know"),
-        ("d.tif", tiff(np.zeros((9, 8, 5), np.uint16)), (0, 1), r"\(a TIFF whose channels, bits .*repair or"),
+        (
+            "c.tif",
+            tiff(numbers("float32").astype(float)),
+            (0, 1),
+            r"\(a TIFF whose .* know\); save it as .* 32-bit f",
+        ),
+        (
+            "d.tif",
+            tiff(np.zeros((9, 8, 5), np.uint16)),
+            (0, 1),
+            r"\(a TIFF whose channels, bits .*save it as",
+        ),
+        ("e.tif", tiff(numbers("uint16"))[:100], None, r"\(a TIFF whose end is missing\); repair or"),
+        ("f.png", png16(ct("12-bit"), "RGB"), (0, 4095), r"\(--gray-range needs .*\); save it as gray of"),
+        ("g.png", png16(ct("12-bit"), "LA"), (0, 4095), r"\(--gray-range needs .*\); save it as gray of"),
     ):
         path = tmp_path / name
         path.write_bytes(data)
@@ -136,6 +149,37 @@ def test_all_readers_map_the_same_range(images):
         gray_range = (-500, 1500)
 
 
+def test_signed_bytes_are_read_as_such():
+    values = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    assert np.array_equal(gray_of(tiff(values)), np.arange(256).reshape(16, 16))
+    assert np.array_equal(gray_of(tiff(values), (-128, 127)), np.arange(256).reshape(16, 16))
+    assert np.array_equal(gray_of(tiff(values), (0, 51)), mapped(values, 0, 51))
+    assert np.array_equal(gray_of(tiff(values.view(np.uint8)), (0, 51)), values.view(np.uint8))  # control
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "LA"])
+def test_gray_of_16_bits_in_colors_or_with_alpha_is_warned_of_and_refused_with_a_range(tmp_path, kind):
+    path = tmp_path / "12-bit.png"
+    path.write_bytes(png16(ct("12-bit"), kind))
+    assert np.array_equal(gray_of(path.read_bytes()), ct("12-bit") >> 8)
+    [line] = range_warnings(uses_of_some([path]))
+    assert "use 0 to 4095 of 0 to 65535: they come out in 16 of 256 gray levels; saved as gray alone " in line
+    [line] = range_warnings(uses_of_some([path], (0, 4095)), (0, 4095))
+    assert "cannot be read with --gray-range; save them as gray" in line
+    path.write_bytes(png16(16 * ct("12-bit"), kind))  # negative controls: all bits are used, or colors
+    assert range_warnings(uses_of_some([path])) == []
+    if kind != "LA":
+        path.write_bytes(png16(ct("12-bit"), kind, red=ct("12-bit", seed=1)))
+        assert uses_of_some([path]) == [] and (decode(path.read_bytes(), (0, 4095)) < 16).all()
+
+
+def test_a_ppm_of_more_than_8_bits_is_told_by_its_maximum(tmp_path):
+    path, values = tmp_path / "a.ppm", np.repeat(ct("12-bit").astype(">u2")[:, :, None], 3, axis=2)
+    for maxval, warnings in ((4095, 0), (65535, 1)):
+        path.write_bytes(f"P6 64 48 {maxval}\n".encode() + values.tobytes())
+        assert len(range_warnings(uses_of_some([path]))) == warnings
+
+
 @pytest.mark.parametrize("name", CT)
 def test_the_range_that_a_warning_names_shows_the_image(tmp_path, name):
     make, (low, high) = CT[name]
@@ -180,6 +224,40 @@ def test_a_warning_comes_below_a_quarter_of_the_range_of_all_images_together(tmp
     assert all(line.startswith(f"warning: 16-bit gray images {warning}") for line in lines)
 
 
+def test_single_pixels_do_not_hide_that_images_are_dark(tmp_path):
+    values = ct("12-bit")
+    values[20, 20] = 65535  # one pixel of 3072
+    path = tmp_path / "hot.png"
+    path.write_bytes(encoded(Image.fromarray(values), "PNG"))
+    assert "use 0 to 4095 of 0 to 65535: they come out in 16" in range_warnings(uses_of_some([path]))[0]
+    values[20:22] = 65535
+    path.write_bytes(encoded(Image.fromarray(values), "PNG"))
+    assert range_warnings(uses_of_some([path])) == []  # negative control
+
+
+@pytest.mark.parametrize(
+    ("gray_range", "warning"),
+    [
+        ((10000, 20000), " of 10000 to 20000: they come out in 1 of 256 gray levels; --gray-range 0 4094"),
+        ((-9, 0), " of -9 to 0: they come out in 1 of"),
+        ((4000, 60000), " of 4000 to 60000: they come out in 1 of"),
+        ((0, 1), ", of which 0 to 1 makes 100% of the pixels black or white; --gray-range 0 4094"),
+        ((4000, 4200), ", of which 4000 to 4200 makes 96% of the pixels black or white; --gray-range 0 4094"),
+        ((3000, 3600), None),
+        ((0, 8000), None),
+        ((-100000, 4094), " of -100000 to 4094: they come out in 11 of"),
+        (None, " of 0 to 65535: they come out in 16 of"),
+    ],
+)
+def test_a_range_that_shows_little_of_the_values_is_warned_of(tmp_path, gray_range, warning):
+    values = np.linspace(0, 4094, 3000).astype(np.uint16).reshape(50, 60)
+    values[:, 0], values[:, 1] = 0, 4094  # more than outliers
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(values), "PNG"))
+    lines = range_warnings(uses_of_some([tmp_path / "a.png"], gray_range), gray_range)
+    assert len(lines) == bool(warning), lines
+    assert all(line.startswith(f"warning: 16-bit gray images use 0 to 4094{warning}") for line in lines)
+
+
 def test_each_kind_has_its_own_warning_and_others_have_none(images, tmp_path):
     (tmp_path / "photograph.jpg").write_bytes(encoded(photograph()))
     (tmp_path / "no image.png").write_text("none")
@@ -195,7 +273,7 @@ def test_each_kind_has_its_own_warning_and_others_have_none(images, tmp_path):
 
 def test_images_are_looked_at_over_the_whole_data_set(tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr("moco.data.gray.use_of", looked.append)
+    monkeypatch.setattr("moco.data.gray.use_of", lambda path, _: looked.append(path))
     uses_of_some(list(range(100 * LOOK)))
     assert looked == [100 * number for number in range(LOOK)]
     del looked[:]

@@ -108,13 +108,30 @@ def tiff(values, photometric=1, endian="<", deflated=False, bits=None, extra=())
     return head + data.ljust(directory - 8, b"\0") + entries + bytes(4) + numbers_behind
 
 
+def png16(gray, kind, red=None):
+    """The bytes of a PNG of 16 bits a channel that holds uint16 (H, W) as RGB, RGBA or LA.
+
+    red: another array for that channel.
+    """
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    colors = [gray] if kind == "LA" else [gray if red is None else red, gray, gray]
+    opaque = [np.full_like(gray, 65535)] * kind.endswith("A")
+    rows = np.stack(colors + opaque, axis=2).astype(">u2")
+    head = struct.pack(">IIBBBBB", *gray.shape[::-1], 16, {"LA": 4, "RGB": 2, "RGBA": 6}[kind], 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
 def ct(kind, seed=0):
     """An array (48, 64) like a CT slice: air, a body, bone. kind: "12-bit", "Hounsfield" or "float"."""
     rng = np.random.default_rng(seed)
     hounsfield = rng.normal(-950, 20, (48, 64))
     hounsfield[10:40, 8:56] = rng.normal(40, 25, (30, 48))
     hounsfield[20:26, 28:36] = rng.normal(1200, 150, (6, 8))
-    hounsfield[0, :2] = -1024, 3071
+    hounsfield[0], hounsfield[1, :8] = -1024, 3071  # outside of what is scanned, and metal
     hounsfield = hounsfield.round().clip(-1024, 3071)
     if kind == "12-bit":
         return (hounsfield + 1024).astype(np.uint16)

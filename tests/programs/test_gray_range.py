@@ -3,7 +3,7 @@
 import linear_runs
 import pytest
 from command_lines import SMALL, TINY
-from odd_images import CT
+from odd_images import CT, encoded, photograph
 from run_files import content
 from sheets import draw_sheet, pictures
 from started_runs import run
@@ -45,6 +45,20 @@ def test_a_run_warns_of_dark_images_and_trains_on_others_with_a_range(slices, tm
     assert content(tmp_path / "cached", "checkpoint_0000.pth.tar")["state_dict"] == entries[1]
     again = run(*words, tmp_path / "dark", *with_range, "--resume", "auto", "--epochs", "2")
     assert "note: gray_range was None in " in again and f"is [{low:.1f}, {high:.1f}] from here on" in again
+
+
+def test_a_range_that_shows_nothing_is_warned_of_in_both_programs_and_val_is_looked_at_too(
+    slices, tmp_path, run_ranks
+):
+    folder = slices("12-bit.png")
+    warning = "use 0 to 4095 of 10000 to 20000: they come out in 1 of 256 gray levels"
+    wrong_range = ["--epochs", "1", "--gray-range", 10000, 20000]
+    assert warning in run(*TINY, *wrong_range, folder, "--output-dir", tmp_path / "moco")
+    for image in (folder / "train").rglob("*.png"):
+        image.write_bytes(encoded(photograph(), "PNG"))
+    assert warning not in run(*TINY, *wrong_range, folder, "--output-dir", tmp_path / "photographs")  # control
+    [code], said = linear_runs.run(run_ranks, 1, folder, tmp_path / "linear", *wrong_range, "--schedule", "1")
+    assert code == 0 and warning in said
 
 
 def test_floats_are_refused_without_a_range_and_read_with_it(slices, tmp_path, run_ranks, cli, monkeypatch):
