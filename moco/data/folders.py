@@ -23,6 +23,7 @@ SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")
 HIDDEN_FILES = "hidden file", "hidden files"
 HIDDEN_FOLDERS = "hidden folder", "hidden folders"
 OTHER_FILES = "other file", "other files"
+SPECIAL_FILES = "pipe, socket or device", "pipes, sockets or devices"  # with names of images
 OUTSIDE = "image outside of class folders", "images outside of class folders"
 LINKS = "link to a folder above it", "links to a folder above them"
 EMPTY = "folder without images", "folders without images"
@@ -175,7 +176,9 @@ def listed_images(path):
     wrong = [number for number, image in paths.items() if not os.path.isfile(image)]
     if wrong:
         image = paths[wrong[0]]
-        what = "a folder" if os.path.isdir(image) else "no file"
+        what = "no file"
+        if os.path.exists(image):
+            what = "a folder" if os.path.isdir(image) else "a pipe, socket or device"
         such = _count(len(wrong), "such line", "such lines")
         raise UserError(
             f"--images: line {wrong[0]} of {path} names {what}: {image[:200]} ({such} of {len(paths):,}); a "
@@ -267,6 +270,8 @@ def _entries(folder, left_out):
                 elif entry.name.lower().endswith(IMG_EXTENSIONS):
                     if hidden:
                         left_out[HIDDEN_FILES] += 1
+                    elif _is_special(entry):
+                        left_out[SPECIAL_FILES] += 1
                     else:
                         images.append(entry.name)
                 elif not hidden:
@@ -282,6 +287,14 @@ def _is_folder(entry):
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
+        return False
+
+
+def _is_special(entry):
+    """Whether an os.DirEntry is, or leads to, what is no regular file, so that reading it may never end."""
+    try:
+        return not entry.is_file() and os.path.exists(entry.path)
+    except OSError:  # a link that leads nowhere, which is said where it is read
         return False
 
 

@@ -138,8 +138,9 @@ def use_of(path, gray_range=None):
     if gray.kind == HIGH_BYTES:  # of all low bytes
         step = (gray.limits[1] + 1) // 256
         return Use(gray.kind, gray.limits, least * step, greatest * step + step - 1)
-    low, high = gray_range or (-math.inf, math.inf)
-    inside = np.mean((finite > low) & (finite < high)).item()
+    inside = 1.0
+    if gray_range:
+        inside = np.mean((finite > gray_range[0]) & (finite < gray_range[1])).item()
     return Use(gray.kind, gray.limits, least, greatest, inside)
 
 

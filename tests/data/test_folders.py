@@ -1,6 +1,7 @@
 """Image folders and the order of an epoch."""
 
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -106,6 +107,31 @@ def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
     remark = image_folder(tmp_path, "train").remark
     assert remark.endswith(", 5 hidden folders and 2 images outside of class folders left out")
     assert pretraining_images(tmp_path) == image_folder(tmp_path, "train")
+
+
+def test_what_could_be_waited_for_without_an_end_is_left_out_and_counted(tmp_path, monkeypatch):
+    train = tmp_path / "train"
+    touch(train / "ant" / "0.jpg", train / "bee" / "0.jpg", tmp_path / "elsewhere.jpg")
+    (train / "ant" / "linked.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    (train / "ant" / "nowhere.jpg").symlink_to("gone")  # said where it is read
+    before = image_folder(tmp_path, "train")
+    assert len(before) == 4 and before.remark == ""
+    os.mkfifo(train / "ant" / "zz.jpg")
+    (train / "bee" / "1.jpg").symlink_to("/dev/zero")
+    monkeypatch.chdir(train / "bee")  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("2.jpg")
+    for images in (image_folder(tmp_path, "train"), pretraining_images(tmp_path)):
+        assert images.samples == before.samples
+        assert images.remark == "3 pipes, sockets or devices left out"
+    os.mkfifo(tmp_path / "0.jpg")  # beside train/, where only pre-training without it looks
+    (train / "ant" / "0.jpg").unlink()
+    train.rename(tmp_path / "photos")
+    assert pretraining_images(tmp_path).remark == "4 pipes, sockets or devices left out"
+    (tmp_path / "val" / "ant").mkdir(parents=True)
+    os.mkfifo(tmp_path / "val" / "ant" / "0.jpg")
+    with pytest.raises(UserError, match="val is not complete .no image in 1 of its 1 class folders"):
+        image_folder(tmp_path, "val")
 
 
 def test_a_data_set_in_a_hidden_folder_is_listed(tmp_path):
@@ -244,6 +270,7 @@ def test_a_list_names_images_in_its_own_order(tmp_path, monkeypatch):
         ),
         (["a.jpg 0\n"], r"line 1 of .* names no file: .*/a.jpg 0 \(1 such line of 1\)"),
         (["a.jpg\n", "sub\n"], "line 2 of .* names a folder: .*/sub "),
+        (["a.jpg\n", "pipe\n"], "line 2 of .* names a pipe, socket or device: .*/pipe "),
         (["a\0.jpg\n"], r"names no file: .*/a\\x00.jpg "),
         ("sub", "takes a text file of paths; .*sub is a folder: give it as DIR"),
         ("gone", r"gone cannot be read \(No such file"),

@@ -56,7 +56,7 @@ def test_a_range_that_shows_nothing_is_warned_of_in_both_programs_and_val_is_loo
     assert warning in run(*TINY, *wrong_range, folder, "--output-dir", tmp_path / "moco")
     for image in (folder / "train").rglob("*.png"):
         image.write_bytes(encoded(photograph(), "PNG"))
-    assert warning not in run(*TINY, *wrong_range, folder, "--output-dir", tmp_path / "photographs")  # control
+    assert warning not in run(*TINY, *wrong_range, folder, "--output-dir", tmp_path / "photos")  # control
     [code], said = linear_runs.run(run_ranks, 1, folder, tmp_path / "linear", *wrong_range, "--schedule", "1")
     assert code == 0 and warning in said
 
