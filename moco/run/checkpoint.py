@@ -48,11 +48,14 @@ def read(path):
     names without DistributedDataParallel's `module.`; it is empty where a file has its tensors under other
     names, from which moco.run.backbone takes the backbone. Only tensors, plain values, argparse.Namespace and
     NumPy's numbers are read (`weights_only=True`); damage is found by the CRC-32 that torch writes beside
-    every tensor and does not look at. Raises UserError.
+    every tensor and does not look at. A safetensors file is read too, with the `arch` that its metadata may
+    name. Raises UserError.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
+    if _is_safetensors(path):
+        return _read_safetensors(path)
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
@@ -69,6 +72,33 @@ def read(path):
     if "state_dict" not in found:  # the file's own tensors, where it is a bare state_dict
         content = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
     return {**content, "state_dict": plain_names(found.get("state_dict") or found.get("") or {})}
+
+
+def _is_safetensors(path):
+    """Whether a file starts with the length of a header and a header in JSON that fits into it."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path)
+
+
+def _read_safetensors(path):
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a safetensors file, which needs a package that is not installed: pip install "
+            "safetensors"
+        ) from error
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            metadata = file.metadata() or {}
+    except Exception as error:  # it has one of its own for damage, torch others for what it cannot hold
+        raise UserError(f"{path} is damaged ({first_line(error)}); copy or download it again") from error
+    if not tensors:
+        raise UserError(f"{path} holds no tensor, so it is not a checkpoint of a model")
+    named = {"arch": metadata["arch"]} if "arch" in metadata else {}
+    return {**named, "state_dict": plain_names(tensors)}
 
 
 def _check_archive(path):
@@ -501,8 +531,6 @@ def _unreadable(path, error):
             f"refused. Where you trust it, {_written_alone(path, OF_PICKLE)}, with the packages of the "
             "program that made it"
         )
-    if raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") < os.path.getsize(path):
-        return f"{path} is a safetensors file, not one of torch.save; {_written_alone(path, OF_SAFETENSORS)}"
     text = first_line(error)
     reason = "" if text.startswith("Weights only load failed") else f" ({text})"
     return f"{path} is damaged or not a checkpoint of torch{reason}; copy or download it again"
@@ -510,9 +538,6 @@ def _unreadable(path, error):
 
 # Python programs that write the weights of file 1 alone to file 2, of what is not read here.
 OF_TORCHSCRIPT = 'import sys, torch; torch.save(torch.jit.load(sys.argv[1], "cpu").state_dict(), sys.argv[2])'
-OF_SAFETENSORS = (
-    "import sys, torch, safetensors.torch; torch.save(safetensors.torch.load_file(sys.argv[1]), sys.argv[2])"
-)
 OF_PICKLE = (  # dicts and modules, in each other
     'import sys, torch; w = lambda v: w(v.state_dict()) if hasattr(v, "state_dict") else '
     "{k: w(x) for k, x in v.items()} if isinstance(v, dict) else "

@@ -390,13 +390,27 @@ def test_a_torchscript_program_is_refused_with_a_command_that_gets_the_weights_o
     assert same(*extracted(error.value, tmp_path / "script.pt"))
 
 
-def test_files_of_other_kinds_are_named(tmp_path, monkeypatch):
+def test_a_safetensors_file_is_read_whatever_its_name(tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.bin"
+    safetensors.save_file(under("backbone."), path, metadata={"arch": "other", "format": "pt"})
+    found = read(path)
+    assert same(found.pop("state_dict"), under("backbone.")) and found == {"arch": "other"}
+    network = TinyEncoder(4)
+    assert "under backbone." in load_encoder(network, read(path), path, ARCH)
+    assert same({name: tensor for name, tensor in network.state_dict().items() if name in GOOD}, GOOD)
+
+    cut = path.read_bytes()
+    path.write_bytes(cut[:-1])
+    with pytest.raises(UserError, match="model.bin is damaged .*; copy or download it again"):
+        read(path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
+    with pytest.raises(UserError, match="model.bin is a safetensors file, .*: pip install safetensors"):
+        read(path)
+
+
+def test_files_of_other_kinds_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    safetensors.save_file(GOOD, "model.bin")  # newer versions of torch read those that end in .safetensors
-    with pytest.raises(UserError, match="is a safetensors file") as error:
-        read("model.bin")
-    assert same(*extracted(error.value, "model.bin"))
     np.savez("arrays.npz", x=np.zeros(3))
     with pytest.raises(UserError, match="is an archive of another kind than torch.save writes, with x.npy"):
         read("arrays.npz")
