@@ -54,7 +54,7 @@ def main():
         else:
             labeled_folders(args.folder, args.target)
         if args.pretrained and not Path(args.resume).is_file():  # that checkpoint has the features too
-            args.pretrained = str(zoo.resolve(args.pretrained))  # downloads a released model
+            args.pretrained = str(zoo.resolve(args.pretrained, args.arch, args.image_size))  # downloads
     launch(evaluate, args, **options.processes(args))
 
 

@@ -11,11 +11,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported: mo
 
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.utils import get_total_norm
 
-from moco import losses, options, seeds
+from moco import losses, options, seeds, zoo
 from moco.builder import MoCo
 from moco.data.augment import pretraining
 from moco.data.cache import decoded_cache
@@ -26,12 +27,13 @@ from moco.data.folders import data_folder, paths_of, pretraining_images
 from moco.data.gray import range_warnings, uses_of_some
 from moco.data.loader import TrainLoader, batch_per_process
 from moco.encoders import base_encoder, check_image_size, has_batchnorm, on_meta_device
-from moco.errors import run_program
+from moco.errors import UserError, run_program
 from moco.evaluate.features import similarities
 from moco.evaluate.knn import KnnMonitor, labeled_val
 from moco.files import make_output_folder
 from moco.losses import rank_accuracy
-from moco.run.checkpoint import Checkpoints, check_arch, check_compatible, restore
+from moco.run.backbone import initial_state
+from moco.run.checkpoint import Checkpoints, check_arch, check_compatible, read, restore
 from moco.run.launch import launch
 from moco.run.log import Meters, RunLog
 from moco.run.signals import StopRequest, exit_on_signal
@@ -40,10 +42,17 @@ from moco.run.signals import StopRequest, exit_on_signal
 def main():
     args = options.pretraining()
     check_image_size(args.arch, args.image_size, stem=args.stem)
+    encoder = base_encoder(args.arch, stem=args.stem, image_size=args.image_size)
+    small = partial(MoCo, encoder, args.moco_dim, K=1, mlp=args.mlp, bn_splits=args.bn_splits)
     if args.bn_splits > 1:  # fails here where there is nothing to split
-        encoder = base_encoder(args.arch, stem=args.stem, image_size=args.image_size)
-        on_meta_device(partial(MoCo, encoder, K=1, bn_splits=args.bn_splits))
+        on_meta_device(small)
     make_output_folder(args.output_dir)
+    there = Checkpoints(args.output_dir, rank=None).newest_first()
+    if args.pretrained and not (there if args.resume == "auto" else args.resume):
+        args.pretrained = str(zoo.resolve(args.pretrained, args.arch, args.image_size))  # downloads
+        if args.overwrite and Path(args.pretrained).resolve() in [path.resolve() for path in there]:
+            raise UserError(f"--overwrite would remove --pretrained {args.pretrained}; choose another folder")
+        pretrained_state(on_meta_device(small), args)  # fails here where it does not fit
     if args.images is None:
         with exit_on_signal():  # nothing half-drawn stays
             args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
@@ -68,7 +77,9 @@ def pretrain(rank, args):
 
     # Data. Every random number of a view is a function of (seed, epoch, index): moco/data/README.md
     images = pretraining_images(args.folder, args.images)
-    rank.check_same(settings | {"images": len(images), "checkpoint": source, "cache": args.cache})
+    same = {"images": len(images), "checkpoint": source, "cache": args.cache}
+    same["pretrained"] = None if checkpoint else Path(args.pretrained).name
+    rank.check_same(settings | same)
     for line in images.summary():
         rank.print(line)
     recipe = pretraining(args.aug_plus, args.crops_only)
@@ -101,6 +112,14 @@ def pretrain(rank, args):
     model = MoCo(
         encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp, args.epsilon, args.bn_splits
     )
+    pretrained = checkpoint.get("pretrained") if checkpoint else args.pretrained or None
+    if args.pretrained and checkpoint:
+        rank.print(f"the run continues from {source}: --pretrained {args.pretrained} is not read")
+    elif args.pretrained:
+        state, taken = pretrained_state(model, args)
+        for encoder in (model.encoder_q, model.encoder_k):
+            encoder.load_state_dict(state, strict=False)  # what it may miss is in `taken`
+        rank.print(f"pretrained: {pretrained}: {taken}")
     options.prepare(args, model.encoder_q, model.encoder_k)  # --channels-last, --compile
     ddp = rank.wrap(model.to(rank.device), identical=("queue", "queue_ptr"))
     # not fused in fp16: fused SGD leaves momentum unwritten when the first step overflows
@@ -134,8 +153,10 @@ def pretrain(rank, args):
 
     chance = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)
     start = {"epoch": first_epoch, "step": step, "steps": len(loader), "settings": settings, "chance": chance}
+    start["pretrained"] = pretrained
     log = RunLog(args.output_dir, "log.jsonl", rank, tensorboard=args.tensorboard, **start, **data)
     entries = {"arch": args.arch, "seed": seed, "settings": settings, "data": data}  # of every checkpoint
+    entries["pretrained"] = pretrained
     with log, StopRequest(rank) as stop:  # SIGTERM, Ctrl-C and others: save after the step, exit code 75
         for epoch in range(first_epoch, args.epochs):
             set_learning_rate(optimizer, epoch, args)
@@ -165,6 +186,12 @@ def pretrain(rank, args):
                 )
             step, sums = 0, {}
         checkpoints.finish()
+
+
+def pretrained_state(model, args):
+    """What moco.run.backbone.initial_state gives for --pretrained and the encoders of `model`."""
+    path, network = args.pretrained, (args.arch, args.stem, args.image_size)
+    return initial_state(read(path), path, model.encoder_q, model.head, *network)
 
 
 def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log, stop, epoch, seed, args):

@@ -166,13 +166,13 @@ def _of_timm(arch, image_size):
     return partial(_timm_network, timm.create_model, name, image_size)
 
 
-def _timm_network(create_model, name, image_size, num_classes):
+def _timm_network(create_model, name, image_size, num_classes, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's, on names and layers
         try:
-            return create_model(name, num_classes=num_classes, img_size=image_size)
+            return create_model(name, num_classes=num_classes, img_size=image_size, **settings)
         except TypeError:  # a network whose shapes do not depend on it
-            return create_model(name, num_classes=num_classes)
+            return create_model(name, num_classes=num_classes, **settings)
 
 
 def _with_small_stem(construct, num_classes):

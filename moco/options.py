@@ -23,6 +23,7 @@ NOT_SETTINGS = (
     *("rank", "gpu", "multiprocessing_distributed", "world_size", "dist_url", "dist_backend"),
     "local_rank",
 )
+_WEIGHTS = "a checkpoint, a released model, torchvision or timm (default: untrained)"  # of --pretrained
 
 
 def pretraining(arguments=None):
@@ -52,6 +53,7 @@ def pretraining(arguments=None):
     add("--lr", "--learning-rate", type=_above_0, default=0.03, help="scale it with --batch-size")
     _add_speed(parser)
     add = _add_run(parser, "log.jsonl is always written")
+    add("--pretrained", default="", metavar="X", help=f"start from the weights of X: {_WEIGHTS}")
     add("--keep", type=_at_least(1), default=1, help="keep the checkpoints of the N newest epochs")
     add("--save-freq", type=_at_least(0), default=0, help="and of every N-th epoch; 0: of none")
     add("--knn", type=_at_least(0), default=0, help="kNN accuracy on val/ every N epochs; 0: never")
@@ -78,6 +80,10 @@ def pretraining(arguments=None):
         args.alpha = 1.0 if args.alpha is None else args.alpha
     if args.crops_only and args.aug_plus:
         raise UserError("--crops-only leaves out what --aug-plus adds; give one of the two")
+    if args.random_bits and args.pretrained:
+        raise UserError(
+            "--random-bits adds channels of which --pretrained has no weights; leave one of them out"
+        )
     if args.random_bits and args.knn:
         raise UserError("--knn evaluates images without --random-bits; leave one of them out")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -90,7 +96,7 @@ def linear_evaluation(arguments=None):
     parser = _Parser("Train a linear classifier on the frozen features of a pre-trained encoder.")
     _add_data(parser, "has train/ and val/, and in each a folder per class")
     add = parser.add_argument_group("linear evaluation").add_argument
-    add("--pretrained", default="", metavar="CKPT", help="checkpoint or released model (default: untrained)")
+    add("--pretrained", default="", metavar="X", help=f"evaluate the weights of X: {_WEIGHTS}")
     add("-e", "--evaluate", action="store_true", help="validate the classifier of --resume and stop")
     add(
         "--target", choices=("shape", "texture", "color"), help="factor of Trifeature (default: class folder)"

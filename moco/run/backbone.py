@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torchvision import models
 
-from moco.encoders import RESNETS, SMALL, backbone, base_encoder, last_linear, on_meta_device
+from moco.encoders import RESNETS, SMALL, TIMM, backbone, base_encoder, last_linear, on_meta_device
 from moco.errors import UserError
 from moco.run.checkpoint import load_strictly, plain_names, some_of, state_dicts
 
@@ -34,6 +34,36 @@ def load_encoder(network, checkpoint, path, arch, advice=None):
     state, taken = encoder_state(checkpoint, path, network, arch, advice)
     load_strictly(network, state, path, network.state_dict().keys() - state.keys())  # its classifier may miss
     return taken
+
+
+def initial_state(checkpoint, path, encoder, head, arch, stem=None, image_size=None):
+    """({name: tensor}, in words what was taken and what stays as it was drawn) to start pre-training from.
+
+    The names are those of `encoder`, an encoder of MoCo (also on the meta device), without the ones below
+    `head` unless the file holds MoCo's query encoder with a head of the same shapes. arch, stem, image_size:
+    of the run. checkpoint, path: as of `encoder_state`. Raises UserError when it is of another network.
+    """
+    named = checkpoint.get("arch")
+    if isinstance(named, str) and named.removeprefix(TIMM) != arch.removeprefix(TIMM):
+        raise UserError(f"{path} is of -a {named}, not of -a {arch}")
+    if network_settings(checkpoint, path, arch, stem, image_size)["stem"] != stem:
+        raise UserError(f"{path} is of a network with --stem small: add the flag")
+    own, best = _best(checkpoint, path, encoder, arch)
+    of_head = {name: t for name, t in encoder.state_dict().items() if name.startswith(head + ".")}
+    names, misfits = {}, []
+    if best.prefix.endswith("encoder_q."):  # a classifier is no head, even of the same shape
+        names = {name: best.prefix + name for name in of_head}
+        misfits = [_misfit(best.state, names[name], tensor, arch) for name, tensor in of_head.items()]
+        names = {} if any(misfits) else names
+    state = _complete(best, own) | {name: best.state[there] for name, there in names.items()}
+    left = best.state.keys() - best.names.values() - names.values()
+    taken = sum(there in best.state for there in [*best.names.values(), *names.values()])
+
+    fresh = [] if names else [f"the head {head}" + next((f" ({why})" for why in misfits if why), "")]
+    fresh += ["BatchNorm's counters"] * any(name not in best.state for name in best.names.values())
+    said = f"{taken} of the encoder's {len(own) + len(of_head)} tensors, {best.description}"
+    said += f", {len(left)} of other parts left out" * bool(left)
+    return state, f"{said}; fresh: {', '.join([*fresh, 'the queue'])}"
 
 
 def loaded_backbone(checkpoint, path, arch, image_size=None, advice=None):
@@ -90,6 +120,15 @@ def encoder_state(checkpoint, path, network, arch, advice=None):
     there in its shapes, and none more of its layers. BatchNorm's counters may be missing and are 0 then. Of
     several backbones ENTRIES and FOLLOWERS say which is taken; where they do not, it is an error.
     """
+    own, best = _best(checkpoint, path, network, arch, advice)
+    taken = f"the tensors {best.description}"
+    if left := len(best.state.keys() - best.names.values()):
+        taken += f", {left} of other parts left out"
+    return _complete(best, own), taken
+
+
+def _best(checkpoint, path, network, arch, advice=None):
+    """({name: tensor} of the network without its classifier, the _Backbone of the checkpoint to take)."""
     own, found = _found(checkpoint, network, arch)
     total = sum(not _is_counter(name) for name in own)
     whole = [each for each in found if each.misfit is None]
@@ -106,14 +145,16 @@ def encoder_state(checkpoint, path, network, arch, advice=None):
                 f"{path} holds several backbones of {arch}, {best.place} and {other.place}: write the "
                 "tensors of the one that you want to a file of their own"
             )
+    return own, best
+
+
+def _complete(best, own):
+    """The tensors of a whole _Backbone by the network's names, with counters of 0 where it lacks them."""
     state = {name: best.state.get(best.names[name]) for name in own}
-    taken = f"the tensors {best.place}" + (", numbered as its layers" if best.numbered else "")
-    if left := len(best.state.keys() - best.names.values()):
-        taken += f", {left} of other parts left out"
     for name, tensor in state.items():
         if _is_counter(name) and (tensor is None or tensor.shape != own[name].shape):
             state[name] = torch.zeros(own[name].shape, dtype=own[name].dtype)
-    return state, taken
+    return state
 
 
 @dataclass(frozen=True)
@@ -134,6 +175,10 @@ class _Backbone:
     @property
     def place(self):
         return (f"under {self.prefix} " if self.prefix else "") + f"of the file's {self.entry}"
+
+    @property
+    def description(self):
+        return self.place + (", numbered as its layers" if self.numbered else "")
 
     @property
     def preference(self):

@@ -1,4 +1,4 @@
-"""Released models by name: download, check, load.
+"""Released models by name, and the weights that torchvision and timm release: download, check, load.
 
     path = moco.zoo.resolve("ifm-eps0.1")       # also takes the path of a checkpoint
     backbone = moco.zoo.load("ifm-eps0.1")      # images (N, 3, H, W), float32, normalized -> (N, 2048)
@@ -6,16 +6,22 @@
 README.md in this folder says how a file is checked; `python -m moco.zoo` is the command line.
 """
 
+import contextlib
 import difflib
 import http.client
+import io
 import os
 import socket
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
+from torchvision import models
 
+from moco.encoders import TIMM, base_encoder, last_linear, replace_layer
 from moco.errors import UserError, first_line, printable, shell_word
 from moco.files import atomic_file, file_hash, sha256
 from moco.lock import locked
@@ -70,9 +76,11 @@ MODELS = (
 )
 
 
-def resolve(name_or_path):
+def resolve(name_or_path, arch=None, image_size=224):
     """The path of a checkpoint, given as a path or as the name of a released model, which is downloaded once.
 
+    With `arch`, the name of a network as of moco.encoders, "torchvision" and "timm" are names too: of the
+    weights that the library uses by default for it, and of timm's for images of `image_size`.
     A file of that name wins. Raises UserError; for a wrong name or path with the nearest right one.
     """
     path = Path(name_or_path)
@@ -81,6 +89,9 @@ def resolve(name_or_path):
     names = [model.name for model in MODELS]
     if str(name_or_path) in names:
         return fetch(str(name_or_path))
+    if arch and str(name_or_path) in LIBRARIES:
+        return LIBRARIES[str(name_or_path)](arch.removeprefix(TIMM), image_size)
+    names += LIBRARIES if arch else ()
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; name the checkpoint file in it")
     files = path.parent.glob("*") if os.path.isdir(path.parent) else []
@@ -105,35 +116,47 @@ def fetch(name, folder=None, force=False):
     force: download even if the file is there; it is replaced once the new one has passed the checks.
     Raises UserError, also when the file that is there does not pass the checks.
     """
-    models = {model.name: model for model in MODELS}
-    if name not in models:
-        raise UserError(f"there is no released model {name}; {_hint(name, list(models))}")
+    released = {model.name: model for model in MODELS}
+    if name not in released:
+        raise UserError(f"there is no released model {name}; {_hint(name, list(released))}")
     folder = Path(folder or cache_folder())
     path = folder / f"{name}.pth.tar"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):  # so that the ranks of a run download once
-            if force or not os.path.exists(path):
-                _download(models[name], path)
-            else:
-                try:
-                    _check(models[name], path, _record(path))
-                except UserError as error:
-                    raise UserError(
-                        f"{path} is not {name} or is damaged ({error}); `python -m moco.zoo download {name} "
-                        f"--force --to {shell_word(folder)}` replaces it"
-                    ) from None
-            if not _record(path).exists():
-                with atomic_file(_record(path)) as temporary:
-                    temporary.write_text(f"{sha256(path)}  {path.name}\n")
-    except OSError as error:
-        raise UserError(f"cannot write into {folder} ({error.strerror}); choose another folder") from error
+    with _made_and_locked(folder):  # so that the ranks of a run download once
+        if force or not os.path.exists(path):
+            model = released[name]
+            check = partial(_check, model, record=_record(path))
+            _download(name, model.url, model.link, path, check)
+        else:
+            try:
+                _check(released[name], path, _record(path))
+            except UserError as error:
+                raise UserError(
+                    f"{path} is not {name} or is damaged ({error}); `python -m moco.zoo download {name} "
+                    f"--force --to {shell_word(folder)}` replaces it"
+                ) from None
+        if not _record(path).exists():
+            with atomic_file(_record(path)) as temporary:
+                temporary.write_text(f"{sha256(path)}  {path.name}\n")
     return path
 
 
 def cache_folder():
     """The folder of downloaded models, in torch.hub's, so that TORCH_HOME and XDG_CACHE_HOME count."""
     return Path(torch.hub.get_dir()) / "checkpoints" / "moco"
+
+
+@contextlib.contextmanager
+def _made_and_locked(folder):
+    """Make a folder and hold a lock on it. Raises UserError when it or, in the block, its files cannot be
+    written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"cannot write into {folder} ({reason}); choose another folder") from error
 
 
 def _record(path):
@@ -158,24 +181,84 @@ def _check(model, path, record):
     _backbone(checkpoint, path)
 
 
-def _download(model, path):
-    """Download a model's file to `path`, which appears when it has passed the checks. Raises UserError with
+def _of_torchvision(arch, image_size):
+    """The path of torchvision's default weights of its network `arch`, in torch.hub's folder."""
+    try:
+        url = models.get_model_weights(arch).DEFAULT.url
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"torchvision has no weights of {arch}; leave --pretrained out") from error
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]  # as torch.hub names it
+    digits = path.stem.rpartition("-")[2]  # the first of its SHA-256
+
+    def check(file):
+        if not sha256(file).startswith(digits):
+            raise UserError(f"its SHA-256 does not start with {digits}")
+
+    with _made_and_locked(path.parent):
+        if not path.exists():
+            _download(f"torchvision's weights of {arch}", url, url, path, check)
+    return path
+
+
+def _of_timm(arch, image_size):
+    """The path of a file with timm's default weights of its network `arch`, without the classifier.
+
+    timm downloads them, and fits to the size of the images what depends on it; so the file is one per size.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            "--pretrained timm needs a package that is not installed: pip install timm"
+        ) from error
+    construct = base_encoder(TIMM + arch, image_size=image_size)
+    if not timm.is_model_pretrained(arch):
+        raise UserError(f"timm has no weights of {arch}; leave --pretrained out")
+    config = timm.get_pretrained_cfg(arch)
+    path = cache_folder() / f"timm-{config.architecture}.{config.tag}-{image_size}.pth"
+    with _made_and_locked(path.parent):
+        if not path.exists():
+            network = _downloaded_by_timm(partial(construct, num_classes=1, pretrained=True), arch, config)
+            replace_layer(network, last_linear(construct), nn.Identity())
+            torch.save(network.state_dict(), content := io.BytesIO())  # on a full disk it hides the reason
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(content.getbuffer())
+    return path
+
+
+def _downloaded_by_timm(construct, arch, config):
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return construct()
+    except Exception as error:  # of its own, of the hub's client and of its transport
+        place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+        raise UserError(
+            f"timm cannot get its weights of {arch} ({first_line(error)}); try again later, or download the "
+            f"file from {place} in a browser and name it: --pretrained FILE"
+        ) from error
+
+
+LIBRARIES = {"torchvision": _of_torchvision, "timm": _of_timm}  # of a network's name and the images' size
+
+
+def _download(name, url, link, path, check):
+    """Download `url` to `path`, which appears when it has passed check(file). Raises UserError with the name,
     the link for a browser and the folder.
     """
     mirror = os.environ.get("ZOO_BASE_URL")
-    url = f"{mirror.rstrip('/')}/{path.name}" if mirror else model.url
+    url = f"{mirror.rstrip('/')}/{path.name}" if mirror else url
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torch.hub waits for ever
     try:
         with atomic_file(path) as temporary:
             torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
-            _check(model, temporary, _record(path))
+            check(temporary)
     except (UserError, OSError, http.client.HTTPException, ValueError) as error:
         reason = first_line(error)
         if isinstance(error, UserError):
             reason = f"what arrived was refused: {error}".replace(printable(temporary), "the file")
         raise UserError(
-            f"cannot download {model.name} ({reason}); try again later, or download {model.link} in a "
+            f"cannot download {name} ({reason}); try again later, or download {link} in a "
             f"browser and put the file into the folder {path.parent.absolute()} as {path.name}"
         ) from None
     finally:
