@@ -56,12 +56,12 @@ def initial_state(checkpoint, path, encoder, head, arch, stem=None, image_size=N
         misfits = [_misfit(best.state, names[name], tensor, arch) for name, tensor in of_head.items()]
         names = {} if any(misfits) else names
     state = _complete(best, own) | {name: best.state[there] for name, there in names.items()}
-    left = best.state.keys() - best.names.values() - names.values()
-    taken = sum(there in best.state for there in [*best.names.values(), *names.values()])
+    wanted = {*best.names.values(), *names.values()}
+    taken, left = wanted & best.state.keys(), best.state.keys() - wanted
 
     fresh = [] if names else [f"the head {head}" + next((f" ({why})" for why in misfits if why), "")]
-    fresh += ["BatchNorm's counters"] * any(name not in best.state for name in best.names.values())
-    said = f"{taken} of the encoder's {len(own) + len(of_head)} tensors, {best.description}"
+    fresh += ["BatchNorm's counters"] * (taken != wanted)
+    said = f"{len(taken)} of the encoder's {len(own) + len(of_head)} tensors are those {best.description}"
     said += f", {len(left)} of other parts left out" * bool(left)
     return state, f"{said}; fresh: {', '.join([*fresh, 'the queue'])}"
 

@@ -23,7 +23,7 @@ STEP = re.compile(
 )
 START = {
     *("kind", "time", "command", "settings", "versions", "git", "host", "device", "processes", "images"),
-    *("steps", "global_batch", "batchnorm_groups", "chance", "epoch", "step", "cpu"),
+    *("steps", "global_batch", "batchnorm_groups", "chance", "epoch", "step", "cpu", "pretrained"),
 }
 
 
