@@ -232,9 +232,10 @@ def _downloaded_by_timm(construct, arch, config):
             return construct()
     except Exception as error:  # of its own, of the hub's client and of its transport
         place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+        reason = first_line(error).partition(". ")[0]
         raise UserError(
-            f"timm cannot get its weights of {arch} ({first_line(error).partition('. ')[0]}); try again later, or download the "
-            f"file from {place} in a browser and name it: --pretrained FILE"
+            f"timm cannot get its weights of {arch} ({reason}); try again later, or download the file from "
+            f"{place} in a browser and name it: --pretrained FILE"
         ) from error
 
 

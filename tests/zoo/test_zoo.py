@@ -4,6 +4,9 @@ import dataclasses
 import multiprocessing
 import os
 import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from fake_web import fake_web, hang, page, redirect, status, whole
 from moco import zoo
 from moco.errors import UserError
 from moco.files import file_hash, sha256
+from moco.run.checkpoint import read
 from moco.zoo.__main__ import main
 
 NAME, FILE = "ifm-eps0.1", "ifm-eps0.1.pth.tar"
@@ -242,3 +246,69 @@ def test_the_command_line(released, cli, tmp_path, web):
     code, output, _ = cli(main, "download", NAME, "--to", tmp_path / "models")
     assert code == 0 and output == f"{tmp_path}/models/{FILE}\n"
     assert (tmp_path / "models" / FILE).read_bytes() == released["v2"]
+
+
+def test_torchvisions_own_weights_are_downloaded_once_where_torch_hub_puts_them(
+    web, cache, tmp_path, monkeypatch
+):
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "weights")
+    file = f"shufflenet-{sha256(tmp_path / 'weights')[:8]}.pth"
+    default = types.SimpleNamespace(url=f"https://download.pytorch.org/models/{file}")
+    known = {"shufflenet_v2_x0_5": types.SimpleNamespace(DEFAULT=default)}
+    monkeypatch.setattr(torchvision.models, "get_model_weights", known.__getitem__)
+    web.answers = [page("<html>busy</html>"), whole((tmp_path / "weights").read_bytes())]
+    with pytest.raises(UserError, match=f"SHA-256 does not start with .* {default.url} .* as {file}"):
+        zoo.resolve("torchvision", "shufflenet_v2_x0_5")
+    path = zoo.resolve("torchvision", "shufflenet_v2_x0_5")
+    assert path == cache.parent / file and sha256(path) == sha256(tmp_path / "weights")
+    assert zoo.resolve("torchvision", "timm:shufflenet_v2_x0_5") == path  # the same network in timm
+    assert web.requests == [f"/{file}"] * 2
+
+
+def test_timms_own_weights_are_fitted_to_the_size_of_the_images(cache, tmp_path, monkeypatch):
+    timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
+    hub = pytest.importorskip("timm.models._hub")
+    network = timm.create_model("test_vit")
+    safetensors.save_file(network.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+
+    def downloaded(repo_id, **_):
+        asked.append(repo_id)
+        return str(tmp_path / "model.safetensors")
+
+    monkeypatch.setattr(hub, "hf_hub_download", downloaded)
+    before = torch.get_rng_state()
+    paths = [zoo.resolve("timm", "timm:test_vit", size) for size in (160, 160, 64)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert asked == ["timm/test_vit.r160_in1k"] * 2 and paths[0] == paths[1]
+    assert names(cache) == ["timm-test_vit.r160_in1k-160.pth", "timm-test_vit.r160_in1k-64.pth"]
+    found, small = read(paths[0])["state_dict"], read(paths[2])["state_dict"]
+    assert network.state_dict().keys() - found.keys() == {"head.weight", "head.bias"}
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in found.items())
+    assert found["pos_embed"].shape[1] == 1 + 10**2 and small["pos_embed"].shape[1] == 1 + 4**2
+
+    def fails(**_):
+        raise ConnectionError("the hub is away. Try again")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fails)
+    with pytest.raises(
+        UserError, match=r"\(the hub is away\); .* https://huggingface.co/timm/test_vit.r160_in1k"
+    ):
+        zoo.resolve("timm", "timm:test_vit", 96)
+    for arch, said in (
+        ("test_mambaout", "no weights of test_mambaout"),
+        ("test_vi", "did you mean timm:test_vit"),
+    ):
+        with pytest.raises(UserError, match=said):
+            zoo.resolve("timm", arch)
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    with pytest.raises(UserError, match="--pretrained timm needs .* not installed: pip install timm"):
+        zoo.resolve("timm", "test_vit")
+
+
+def test_a_file_with_the_name_of_a_library_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no file timm, and no released model"):
+        zoo.resolve("timm")  # without a network it is no name
+    (tmp_path / "timm").touch()
+    assert zoo.resolve("timm", "resnet18") == Path("timm")
