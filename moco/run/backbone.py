@@ -45,7 +45,7 @@ def initial_state(checkpoint, path, encoder, head, arch, stem=None, image_size=N
     """
     named = checkpoint.get("arch")
     if isinstance(named, str) and named.removeprefix(TIMM) != arch.removeprefix(TIMM):
-        raise UserError(f"{path} is of -a {named}, not of -a {arch}")
+        raise UserError(f"{path} is of -a {named}, not of -a {arch}: use the same, or other weights")
     if network_settings(checkpoint, path, arch, stem, image_size)["stem"] != stem:
         raise UserError(f"{path} is of a network with --stem small: add the flag")
     own, best = _best(checkpoint, path, encoder, arch)
