@@ -48,13 +48,15 @@ def main():
         on_meta_device(small)
     make_output_folder(args.output_dir)
     there = Checkpoints(args.output_dir, rank=None).newest_first()
-    if args.pretrained and not (there if args.resume == "auto" else args.resume):
-        args.pretrained = str(zoo.resolve(args.pretrained, args.arch, args.image_size))  # downloads
-        if args.overwrite and Path(args.pretrained).resolve() in [path.resolve() for path in there]:
-            raise UserError(f"--overwrite would remove --pretrained {args.pretrained}; choose another folder")
-        pretrained_state(on_meta_device(small), args)  # fails here where it does not fit
-    if args.images is None:
-        with exit_on_signal():  # nothing half-drawn stays
+    with exit_on_signal():  # no part of a download, and nothing half-drawn, stays
+        if args.pretrained and not (there if args.resume == "auto" else args.resume):
+            args.pretrained = str(zoo.resolve(args.pretrained, args.arch, args.image_size))  # downloads
+            if args.overwrite and Path(args.pretrained).resolve() in [path.resolve() for path in there]:
+                raise UserError(
+                    f"--overwrite would remove --pretrained {args.pretrained}; choose another folder"
+                )
+            pretrained_state(on_meta_device(small), args)  # fails here where it does not fit
+        if args.images is None:
             args.folder = data_folder(args.folder, args.dataset_root, args.dataset)
     images = pretraining_images(args.folder, args.images)  # fails before any process is started
     if args.knn:
