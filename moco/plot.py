@@ -1,21 +1,27 @@
-"""Draws the curves of one or more runs, from the logs in their folders, into one picture.
+"""Draws the curves of runs, from the logs in their folders, or maps of features, into one picture.
 
     python -m moco.plot runs/ifm -o ifm.png
     python -m moco.plot runs/ifm runs/moco -o both.png
     python -m moco.plot runs/linear -o linear.png       (a curve per --lr of a linear evaluation)
+    python -m moco.plot features.npz -o map.png         (each image a point; --tsne)
 
-It needs matplotlib (`pip install matplotlib`).
+It needs matplotlib (`pip install matplotlib`), and --tsne scikit-learn.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from moco.errors import Parser, UserError, printable, run_program
+from moco.evaluate.feature_file import SUFFIXES, read_features
 from moco.files import atomic_file, check_free
+from moco.trifeature import COLORS, FACTORS, factor_of, is_combination
 
 # The style of all pictures of the project.
 
@@ -264,22 +270,175 @@ def _look(number):
     return {"color": color, "marker": marker, "markersize": 4.5}
 
 
+# Maps: each image a point in two dimensions, near those with similar features.
+
+POINTS = 3000  # of a map
+NAMED = 14  # classes in a legend, by color and marker; further ones are gray
+TURNS = 10
+
+
+@dataclass
+class Map:
+    """name: of the file; images: how many, in words; points: float64 (n, 2); axes: what the two are, in words, or none; labelings: {name: (number of each
+    point's label, names of the labels)}, name "" for classes and for Trifeature that of each factor.
+    """
+
+    name: str
+    images: str
+    points: np.ndarray
+    axes: list
+    labelings: dict
+
+
+def map_of(path, tsne=False):
+    """The Map of a file of features (moco.evaluate.feature_file) by PCA, or by t-SNE.
+
+    The features are taken at length 1, as their cosines compare them; of more than POINTS images as many,
+    always the same, are drawn at random. Raises UserError.
+    """
+    arrays = read_features(path)
+    features = arrays["features"]
+    images = f"{len(features):,} images"
+    if len(features) < 3 or features.shape[1] < 2:
+        raise UserError(f"{path} has {len(features)} x {features.shape[1]} features; a map needs 3 x 2")
+    chosen = np.random.default_rng(0).permutation(len(features))[:POINTS]
+    if len(chosen) < len(features):
+        images = f"{len(chosen):,} of {images}"
+    features = features[chosen].astype(np.float64)
+    if not np.isfinite(features).all():
+        raise UserError(f"{path} has features that are not finite; write it anew from a healthy run")
+    features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    if tsne:
+        points, axes = _tsne()(perplexity=min(30, (len(chosen) - 1) / 3)).fit_transform(features), []
+    else:
+        points, shares = principal_components(features)
+        axes = [f"component {n} ({share:.0%} of the variance)" for n, share in enumerate(shares, 1)]
+    labelings = {"": (np.zeros(len(chosen), int), [])}
+    if "labels" in arrays:
+        labels, classes = arrays["labels"][chosen], arrays["classes"].tolist()
+        labelings = {"": (labels, classes)}
+        if all(map(is_combination, classes)):
+            factors = {factor: np.array([factor_of(c, factor) for c in classes]) for factor in FACTORS}
+            labelings = {factor: (of[labels], FACTORS[factor]) for factor, of in factors.items()}
+    return Map(str(path), images, points, axes, labelings)
+
+
+def principal_components(rows):
+    """(float64 (n, 2), the share of the variance that each of the two has): rows, n x d, by PCA.
+
+    The signs are such that the greatest weight of a component is positive.
+    """
+    import torch  # which curves do not need
+
+    centered = torch.from_numpy(rows - rows.mean(axis=0))
+    variances, directions = torch.linalg.eigh(centered.T @ centered)  # in ascending order
+    directions = directions[:, -2:].flip(1)
+    greatest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    shares = variances[-2:].flip(0) / variances.sum().clamp(min=1e-12)
+    return (centered @ (directions * greatest.sign())).numpy(), shares.tolist()
+
+
+def figure_of_maps(maps):
+    """A matplotlib Figure with a panel for each labeling of each Map, with a legend of its own."""
+    panels = [(each, labeling) for each in maps for labeling in each.labelings]
+    columns = max(len(maps[0].labelings), min(COLUMNS, len(maps)))
+    rows, side = math.ceil(len(panels) / columns), min(WIDTH / columns, 6)
+    with own_style() as matplotlib:
+        figure = matplotlib.figure.Figure((WIDTH, rows * (side + 0.8)), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis, (each, labeling) in zip(axes, panels, strict=False):
+            _draw_map(axis, each, labeling, WIDTH / columns)
+        for axis in axes[len(panels) :]:
+            axis.remove()
+    return figure
+
+
+def _draw_map(axis, each, labeling, width):
+    """width: of the panel, in inches."""
+    labels, names = each.labelings[labeling]
+    counts = np.bincount(labels, minlength=len(names))
+    named = sorted(
+        number for number in np.argsort(-counts, kind="stable")[:NAMED] if names and counts[number]
+    )
+    looks = {number: _look(place) for place, number in enumerate(named)}
+    if labeling == "color":  # as it is
+        for number, look in looks.items():
+            look |= {"color": [part / 255 for part in COLORS[names[number]]], "markeredgecolor": GRAY}
+    others = [number for number in np.flatnonzero(counts) if number not in named]
+    looks |= dict.fromkeys(others, {"color": "#c8c8c8" if named else BLUE, "marker": "o"})
+    size = min(5, width * 30 / len(labels) ** 0.5)
+    for turn in range(TURNS):  # so that no label is drawn over all others
+        for number, look in looks.items():
+            x, y = each.points[turn::TURNS][labels[turn::TURNS] == number].T
+            look = {"markeredgewidth": 0.3 if "markeredgecolor" in look else 0} | look | {"markersize": size}
+            axis.plot(x, y, linestyle="none", alpha=0.8, gid=f"{labeling} {number}", **look)
+    letters = int(width / 0.085)
+    title = [literal(each.name, letters), each.images + f", by {labeling}" * bool(labeling)]
+    axis.set_title("\n".join(title))
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.grid(False)
+    axis.tick_params(labelbottom=False, labelleft=False, length=0)
+    for label, text in zip((axis.set_xlabel, axis.set_ylabel), each.axes, strict=False):
+        label(text, fontsize=8, color=GRAY)
+    if named:
+        shown = {literal(str(names[number]), 16): axis.lines[place] for place, number in enumerate(named)}
+        if others:
+            shown[f"{len(others):,} others"] = axis.lines[len(named)]
+        columns = max(1, letters // (7 + max(map(len, shown))))
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06), "ncols": columns}
+        axis.legend(shown.values(), shown, frameon=False, fontsize=8, **place)
+
+
+def _tsne():
+    """scikit-learn's TSNE, as a function of its perplexity, the same every time."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise UserError(
+            "scikit-learn, which computes t-SNE, is not installed: pip install scikit-learn, or leave --tsne "
+            "out for PCA"
+        ) from error
+    return functools.partial(TSNE, init="pca", random_state=0)
+
+
 def main():
     parser = Parser(prog="python -m moco.plot", description=__doc__.splitlines()[0], allow_abbrev=False)
-    text = f"output folder of a run, or its log: {LOG} of a pre-training, {LINEAR_LOG} of a linear evaluation"
+    text = (
+        f"output folder of a run, or its log: {LOG} of a pre-training, {LINEAR_LOG} of a linear evaluation; "
+    )
+    text += "or features of moco.embed"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "picture to write; .pdf and .svg work as well"
     parser.add_argument("-o", "--out", required=True, metavar="OUT.png", help=text)
+    parser.add_argument("--tsne", action="store_true", help="map features by t-SNE (default: PCA)")
     parser.add_argument("--force", action="store_true", help="replace OUT.png if it exists")
     args = parser.parse_args()
 
-    runs = [read_run(path) for path in args.runs]
+    kinds = {path: Path(path).suffix in SUFFIXES for path in args.runs}
+    if len(set(kinds.values())) > 1:
+        one, other = (next(path for path in kinds if kinds[path] == kind) for kind in (True, False))
+        raise UserError(f"{one} is of features and {other} of a run: draw them in two pictures")
+    is_map = kinds[args.runs[0]]
+    if args.tsne and not is_map:
+        raise UserError("--tsne maps features (.npz, .npy), not the curves of a run: leave it out")
+    runs = [] if is_map else _curves_of(args.runs)
+    check_picture(args.out, args.force)
+    if is_map:
+        if args.tsne:
+            _tsne()
+        figure = figure_of_maps([map_of(path, args.tsne) for path in args.runs])
+    else:
+        figure = figure_of(runs)
+    save_picture(figure, args.out)
+    print(printable(args.out))
+
+
+def _curves_of(paths):
+    runs = [read_run(path) for path in paths]
     if len({run.linear for run in runs}) > 1:
         one, other = (next(run.name for run in runs if run.linear == linear) for linear in (False, True))
         raise UserError(f"{one} is a pre-training and {other} a linear evaluation: draw them in two pictures")
-    check_picture(args.out, args.force)
-    save_picture(figure_of([curves for run in runs for curves in by_head(run)]), args.out)
-    print(printable(args.out))
+    return [curves for run in runs for curves in by_head(run)]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 It needs matplotlib (`pip install matplotlib`).
 """
 
-import contextlib
 import copy
 import math
 import os
@@ -20,15 +19,14 @@ import torch.nn.functional as F
 from moco.data.augment import moco_v1, moco_v2
 from moco.data.decode import read_pixels
 from moco.data.folders import data_folder, image_folder, paths_of, pretraining_images
-from moco.data.loader import TrainLoader, ValidationLoader
+from moco.data.loader import TrainLoader
 from moco.data.pil import center_resize
 from moco.encoders import backbone, base_encoder, check_image_size
 from moco.errors import Parser, UserError, printable, run_program
-from moco.evaluate.features import backbone_of, features_of
+from moco.evaluate.features import backbone_of, embed
 from moco.evaluate.knn import neighbors
 from moco.options import add_gray_range
 from moco.plot import BLACK, BLUE, RED, WIDTH, check_picture, literal, own_style, save_picture
-from moco.progress import Progress
 from moco.run.resources import available_cores
 from moco.seeds import seeded
 from moco.trifeature import FACTORS, is_combination
@@ -255,23 +253,10 @@ def neighbors_of(network, train, val, seed, count, number, **settings):
     queries = np.random.default_rng(seed).permutation(len(val))[:count]
     some = copy.copy(val)
     some.samples, some.targets = ([of_all[i] for i in queries] for of_all in (val.samples, val.targets))
-    features = [F.normalize(_features(network, images, settings), dim=1) for images in (some, train)]
+    settings["device"] = next(network.parameters()).device
+    features = [F.normalize(embed(network, images, **settings)[0], dim=1) for images in (some, train)]
     cosines, nearest = neighbors(*features, number)
-    return queries, nearest.cpu().numpy(), cosines.cpu().numpy()
-
-
-def _features(network, images, settings):
-    """The features of an ImageFolder's images: float32 N x d on the network's device."""
-    device = next(network.parameters()).device
-    loader = ValidationLoader(images, device=device, **settings)
-    with Progress("features", len(images), "images") as progress, contextlib.closing(loader):
-
-        def counted():
-            for batch in loader:
-                yield batch
-                progress.update(len(batch.targets))
-
-        return features_of(network, counted(), device)[0]
+    return queries, nearest.numpy(), cosines.numpy()
 
 
 def factors(name):

@@ -150,6 +150,20 @@ def pretraining_images(folder, listed=None):
     return ImageFolder(str(path), [], [(image, 0) for image in paths], remark)
 
 
+def labeled_by_folder(images):
+    """The ImageFolder `images` of a folder; where it has no labels and every image is in a folder in there,
+    one in which these folders are the classes, numbered as by `image_folder`.
+    """
+    paths, root = paths_of(images), os.path.join(images.root, "")
+    of_image = [path.removeprefix(root).split(os.sep) for path in paths]
+    if images.classes or any(len(parts) == 1 for parts in of_image):
+        return images
+    classes = sorted({folder for folder, *_ in of_image})
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = [(path, numbers[folder]) for path, (folder, *_) in zip(paths, of_image, strict=True)]
+    return ImageFolder(images.root, classes, samples, images.remark)
+
+
 def listed_images(path):
     """The ImageFolder, without labels, of the image files that the text file `path` names, in its order.
 

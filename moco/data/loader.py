@@ -114,7 +114,7 @@ class ValidationLoader:
 
     Every image is in one batch of one process: process `rank` of world_size has those numbered rank,
     rank + world_size, ... The last batch may be smaller. skip_bad: an image that cannot be read is black and
-    has target -1, instead of a UserError. The other arguments are as in TrainLoader.
+    has target -1, instead of a UserError, which ends in `advice`. The other arguments are as in TrainLoader.
     """
 
     def __init__(
@@ -130,12 +130,13 @@ class ValidationLoader:
         cache=None,
         gray_range=None,
         skip_bad=False,
+        advice="validation counts every image, so it skips none",
         device="cpu",
     ):
         share = range(rank, len(images.samples), world_size)
         self._batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
         source = _Images(paths_of(images), targets_of(images), cache, gray_range)
-        fill = _ValidationSample(source, size, resize, skip_bad)
+        fill = _ValidationSample(source, size, resize, skip_bad, advice)
         self._ring = RingLoader(fill, 1, batch_size, size, workers, device)
         self.transport = self._ring.transport
 
@@ -223,6 +224,7 @@ class _ValidationSample:
     size: int
     resize: str
     skip: bool
+    advice: str
 
     def __call__(self, slot, position, key):
         view = torch.from_numpy(slot.pixels[0, position])
@@ -232,7 +234,7 @@ class _ValidationSample:
             center_resize(self.images.pixels(key), self.size, self.resize, out=view)
         except UserError as error:
             if not self.skip:
-                raise UserError(f"{error} (validation counts every image, so it skips none)") from error
+                raise UserError(f"{error} ({self.advice})") from error
             self.images.name_once(key, error, "it is left out")
             view.zero_()
             slot.targets[position] = -1

@@ -1,15 +1,23 @@
 """The backbone of a checkpoint, its features of a data set, and how features lie in space."""
 
 import contextlib
+import itertools
 
 import numpy as np
 import torch
+from torch import nn
 
 from moco import zoo
 from moco.data.device import normalize
+from moco.data.loader import ValidationLoader
 from moco.data.pil import center_resize
+from moco.encoders import base_encoder, last_linear, on_meta_device
+from moco.errors import UserError
+from moco.progress import Progress
 from moco.run.backbone import loaded_backbone
 from moco.run.checkpoint import check_arch, read
+
+GROUP = 16  # batches after which the features of a GPU are moved to the CPU, for which it waits
 
 
 def load_backbone(name_or_path, arch=None):
@@ -43,6 +51,56 @@ def backbone_of(path_or_name, arch=None, image_size=None):
     resize = "torch" if trained.get("resize") == "torch" else "pil"
     found = {"arch": arch, "image_size": image_size, "resize": resize, "taken": taken}
     return network, checkpoint | found
+
+
+def with_head(network, checkpoint, path):
+    """The network of `backbone_of` and behind it the query encoder's head: to N x C, not yet of length 1.
+
+    checkpoint: the dict beside the network; path: its file, named in messages. Raises UserError when the file
+    has no head of MoCo.
+    """
+    name = last_linear(base_encoder(checkpoint["arch"], image_size=checkpoint["image_size"]))
+    start = f"encoder_q.{name}."
+    tensors = checkpoint["state_dict"].items()
+    state = {key.removeprefix(start): tensor.float() for key, tensor in tensors if key.startswith(start)}
+
+    def linear(place=""):
+        out, width = state[f"{place}weight"].shape
+        return nn.Linear(width, out, bias=f"{place}bias" in state)
+
+    if "weight" in state:
+        head = on_meta_device(linear)
+    elif {"0.weight", "2.weight"} <= state.keys():  # MoCo v2
+        head = on_meta_device(lambda: nn.Sequential(linear("0."), nn.ReLU(), linear("2.")))
+    else:
+        raise UserError(f"{path} has no head of MoCo (no encoder_q.{name}); take its backbone's features")
+    head.load_state_dict(state, assign=True)
+    return nn.Sequential(network, head.requires_grad_(False)).eval()
+
+
+def embed(network, images, device="cpu", **settings):
+    """(features N x d float32, targets N int64) of an ImageFolder's N images, in its order, on the CPU.
+
+    network: in eval mode on `device`; settings: of ValidationLoader. It shows its progress on standard error.
+    """
+    loader = ValidationLoader(images, device=device, **settings)
+    features, targets, end = None, torch.empty(len(images), dtype=torch.int64), 0
+    with Progress("features", len(images), "images") as progress, contextlib.closing(loader):
+
+        def counted():
+            for batch in loader:
+                yield batch
+                progress.update(len(batch.targets))
+
+        batches = counted()
+        for _ in range(0, len(loader), GROUP):
+            part, part_targets = features_of(network, itertools.islice(batches, GROUP), device)
+            if features is None:  # filled in place: with a list of parts there would be two copies in the end
+                features = torch.empty(len(images), part.shape[1])
+            start, end = end, end + len(part)
+            features[start:end], targets[start:end] = part, part_targets
+        next(batches, None)  # which counts the last
+    return features, targets
 
 
 @torch.no_grad()
