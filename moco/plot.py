@@ -273,37 +273,48 @@ def _look(number):
 # Maps: each image a point in two dimensions, near those with similar features.
 
 POINTS = 3000  # of a map
-NAMED = 14  # classes in a legend, by color and marker; further ones are gray
+NAMED = 14  # classes in a legend, by color and marker; those with fewer images are gray
 TURNS = 10
 
 
 @dataclass
 class Map:
-    """name: of the file; images: how many, in words; points: float64 (n, 2); axes: what the two are, in words, or none; labelings: {name: (number of each
-    point's label, names of the labels)}, name "" for classes and for Trifeature that of each factor.
+    """points: float64 (n, 2); axes: what the two are, in words, or none; labels: int64 (n,); names: of the
+    labels, or none.
     """
 
-    name: str
-    images: str
+    title: str
     points: np.ndarray
     axes: list
-    labelings: dict
+    labels: np.ndarray
+    names: list
+
+    def __post_init__(self):
+        counts = np.bincount(self.labels, minlength=len(self.names))
+        largest = np.argsort(-counts, kind="stable")[: NAMED if self.names else 0]
+        self.named = sorted(number for number in largest.tolist() if counts[number])  # what gets a color
+        self.others = [number for number in np.flatnonzero(counts).tolist() if number not in self.named]
+
+    def legend(self):
+        """The texts of the legend."""
+        texts = [printable(self.names[number]).replace("$", r"\$") for number in self.named]
+        texts = [text if len(text) <= 24 else f"{text[:23]}…" for text in texts]
+        return texts + [f"{len(self.others):,} others"] * bool(self.named and self.others)
 
 
-def map_of(path, tsne=False):
-    """The Map of a file of features (moco.evaluate.feature_file) by PCA, or by t-SNE.
+def maps_of(path, tsne=False):
+    """The Maps of a file of features (moco.evaluate.feature_file) by PCA or by t-SNE: of its classes, or for
+    Trifeature of each factor. Raises UserError.
 
     The features are taken at length 1, as their cosines compare them; of more than POINTS images as many,
-    always the same, are drawn at random. Raises UserError.
+    always the same, are drawn at random.
     """
     arrays = read_features(path)
     features = arrays["features"]
-    images = f"{len(features):,} images"
-    if len(features) < 3 or features.shape[1] < 2:
-        raise UserError(f"{path} has {len(features)} x {features.shape[1]} features; a map needs 3 x 2")
-    chosen = np.random.default_rng(0).permutation(len(features))[:POINTS]
-    if len(chosen) < len(features):
-        images = f"{len(chosen):,} of {images}"
+    count, width = features.shape
+    if count < 3 or width < 2:
+        raise UserError(f"{path} has {count} x {width} features; a map needs 3 images and 2 features")
+    chosen = np.random.default_rng(0).permutation(count)[:POINTS]
     features = features[chosen].astype(np.float64)
     if not np.isfinite(features).all():
         raise UserError(f"{path} has features that are not finite; write it anew from a healthy run")
@@ -313,14 +324,19 @@ def map_of(path, tsne=False):
     else:
         points, shares = principal_components(features)
         axes = [f"component {n} ({share:.0%} of the variance)" for n, share in enumerate(shares, 1)]
-    labelings = {"": (np.zeros(len(chosen), int), [])}
-    if "labels" in arrays:
-        labels, classes = arrays["labels"][chosen], arrays["classes"].tolist()
-        labelings = {"": (labels, classes)}
-        if all(map(is_combination, classes)):
-            factors = {factor: np.array([factor_of(c, factor) for c in classes]) for factor in FACTORS}
-            labelings = {factor: (of[labels], FACTORS[factor]) for factor, of in factors.items()}
-    return Map(str(path), images, points, axes, labelings)
+    images = f"{len(chosen):,} of {count:,} images" if len(chosen) < count else f"{count:,} images"
+    place = f"{path}\n{images} by {'t-SNE' if tsne else 'PCA'}", points, axes
+    if "labels" not in arrays:
+        return [Map(*place, np.zeros(len(chosen), int), [])]
+    labels, classes = arrays["labels"][chosen], arrays["classes"].tolist()
+    if not all(map(is_combination, classes)):
+        return [Map(*place, labels, classes)]
+    title, *place = place
+    maps = []
+    for factor, values in FACTORS.items():
+        numbers = np.array([factor_of(name, factor) for name in classes])
+        maps.append(Map(f"{title}, {factor}", *place, numbers[labels], list(values)))
+    return maps
 
 
 def principal_components(rows):
@@ -339,54 +355,54 @@ def principal_components(rows):
 
 
 def figure_of_maps(maps):
-    """A matplotlib Figure with a panel for each labeling of each Map, with a legend of its own."""
-    panels = [(each, labeling) for each in maps for labeling in each.labelings]
-    columns = max(len(maps[0].labelings), min(COLUMNS, len(maps)))
-    rows, side = math.ceil(len(panels) / columns), min(WIDTH / columns, 6)
+    """A matplotlib Figure with a panel for each Map. The gid of points is the number of their label."""
+    columns = min(COLUMNS, len(maps))
+    rows, width = math.ceil(len(maps) / columns), WIDTH / columns
+    texts = [text for each in maps for text in each.legend()]
+    legend_columns = max(1, int(width / (0.55 + 0.068 * max(map(len, texts), default=0))))
+    legend_rows = max(math.ceil(len(each.legend()) / legend_columns) for each in maps)
+    side = min(width - 0.3, 6)  # inches
     with own_style() as matplotlib:
-        figure = matplotlib.figure.Figure((WIDTH, rows * (side + 0.8)), layout="constrained")
+        height = rows * (side + 1.05 + 0.17 * legend_rows)
+        figure = matplotlib.figure.Figure((WIDTH, height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axis, (each, labeling) in zip(axes, panels, strict=False):
-            _draw_map(axis, each, labeling, WIDTH / columns)
-        for axis in axes[len(panels) :]:
+        for axis, each in zip(axes, maps, strict=False):
+            letters = int(width / 0.085)
+            axis.set_title("\n".join(literal(line, letters) for line in each.title.splitlines()))
+            handles = _draw_map(axis, each, side)
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2 / side), "ncols": legend_columns}
+            if each.named:
+                axis.legend(handles, each.legend(), frameon=False, fontsize=8, **place)
+        for axis in axes[len(maps) :]:
             axis.remove()
     return figure
 
 
-def _draw_map(axis, each, labeling, width):
-    """width: of the panel, in inches."""
-    labels, names = each.labelings[labeling]
-    counts = np.bincount(labels, minlength=len(names))
-    named = sorted(
-        number for number in np.argsort(-counts, kind="stable")[:NAMED] if names and counts[number]
-    )
-    looks = {number: _look(place) for place, number in enumerate(named)}
-    if labeling == "color":  # as it is
-        for number, look in looks.items():
-            look |= {"color": [part / 255 for part in COLORS[names[number]]], "markeredgecolor": GRAY}
-    others = [number for number in np.flatnonzero(counts) if number not in named]
-    looks |= dict.fromkeys(others, {"color": "#c8c8c8" if named else BLUE, "marker": "o"})
-    size = min(5, width * 30 / len(labels) ** 0.5)
+def _draw_map(axis, each, side):
+    """The points of a Map in a square of `side` inches. Returns handles for its legend."""
+    gray = {"color": "#c8c8c8" if each.named else BLUE, "marker": "o", "zorder": 1, "markeredgewidth": 0}
+    looks = dict.fromkeys(each.others, gray)
+    for place, number in enumerate(each.named):
+        looks[number] = gray | _look(place) | {"zorder": 2}
+        if all(name in COLORS for name in each.names):
+            own = {"color": COLORS[each.names[number]], "markeredgecolor": GRAY, "markeredgewidth": 0.3}
+            looks[number] |= own
+    size = min(5, side * 30 / len(each.labels) ** 0.5)
     for turn in range(TURNS):  # so that no label is drawn over all others
+        points, labels = each.points[turn::TURNS], each.labels[turn::TURNS]
         for number, look in looks.items():
-            x, y = each.points[turn::TURNS][labels[turn::TURNS] == number].T
-            look = {"markeredgewidth": 0.3 if "markeredgecolor" in look else 0} | look | {"markersize": size}
-            axis.plot(x, y, linestyle="none", alpha=0.8, gid=f"{labeling} {number}", **look)
-    letters = int(width / 0.085)
-    title = [literal(each.name, letters), each.images + f", by {labeling}" * bool(labeling)]
-    axis.set_title("\n".join(title))
-    axis.set_aspect("equal", adjustable="datalim")
+            shown = {"linestyle": "none", "alpha": 0.8, "gid": str(number), **look, "markersize": size}
+            axis.plot(*points[labels == number].T, **shown)
+    low, high = each.points.min(axis=0), each.points.max(axis=0)
+    half = 0.53 * (high - low).max() or 1
+    left, bottom = (low + high) / 2 - half
+    axis.set(xlim=(left, left + 2 * half), ylim=(bottom, bottom + 2 * half), box_aspect=1)
     axis.grid(False)
     axis.tick_params(labelbottom=False, labelleft=False, length=0)
-    for label, text in zip((axis.set_xlabel, axis.set_ylabel), each.axes, strict=False):
-        label(text, fontsize=8, color=GRAY)
-    if named:
-        shown = {literal(str(names[number]), 16): axis.lines[place] for place, number in enumerate(named)}
-        if others:
-            shown[f"{len(others):,} others"] = axis.lines[len(named)]
-        columns = max(1, letters // (7 + max(map(len, shown))))
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06), "ncols": columns}
-        axis.legend(shown.values(), shown, frameon=False, fontsize=8, **place)
+    for set_label, text in zip((axis.set_xlabel, axis.set_ylabel), each.axes, strict=False):
+        set_label(text, fontsize=8, color=GRAY)
+    of_legend = [looks[number] for number in (*each.named, *each.others[:1])]
+    return [axis.plot([], [], **{"linestyle": "none", **look, "markersize": 5})[0] for look in of_legend]
 
 
 def _tsne():
@@ -426,7 +442,7 @@ def main():
     if is_map:
         if args.tsne:
             _tsne()
-        figure = figure_of_maps([map_of(path, args.tsne) for path in args.runs])
+        figure = figure_of_maps([each for path in args.runs for each in maps_of(path, args.tsne)])
     else:
         figure = figure_of(runs)
     save_picture(figure, args.out)

@@ -6,6 +6,7 @@ import pytest
 
 COMMANDS = {
     "moco.check": ["DIR"],
+    "moco.embed": ["CKPT", "DIR", "OUT", "--layer"],
     "moco.export": ["CKPT", "OUT"],
     "moco.imagenet100": ["IMAGENET", "OUT"],
     "moco.plot": ["RUN"],
