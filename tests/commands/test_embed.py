@@ -1,4 +1,4 @@
-"""Features in files: those that linear evaluation sees, with paths and labels, whole or absent; their maps."""
+"""Features in files: those of linear evaluation, with paths and labels, whole or absent; maps of them."""
 
 import json
 import os
