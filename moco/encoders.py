@@ -51,6 +51,11 @@ def base_encoder(arch, extra_channels=0, stem=None, image_size=224):
     return partial(_widened, construct, extra_channels) if extra_channels else construct
 
 
+def is_known(arch):
+    """Whether base_encoder knows the name: files of other programs name networks of their own."""
+    return arch.startswith(TIMM) or arch == "conv3" or arch in models.list_models(module=models)
+
+
 def last_linear(base_encoder):
     """The dotted name of the layer where MoCo's head goes in the networks that `base_encoder(num_classes)`
     constructs: `fc` where it is a Linear, else the one Linear with `num_classes` outputs.

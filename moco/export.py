@@ -18,7 +18,7 @@ import torch
 from moco.encoders import RESNETS, SMALL, TIMM, backbone, base_encoder, last_linear, on_meta_device
 from moco.errors import Parser, UserError, first_line, printable, run_program, shell_word
 from moco.files import atomic_file, check_free
-from moco.run.backbone import encoder_state, network_settings
+from moco.run.backbone import arch_of, encoder_state, network_settings
 from moco.run.checkpoint import read
 from moco.zoo import resolve
 
@@ -53,8 +53,8 @@ def export(checkpoint, out, to, arch=None, force=False):
     if os.path.exists(out) and os.path.samefile(out, path):
         raise UserError(f"{out} is the checkpoint itself, which the export would replace: name another file")
     content = read(path)
-    arch = arch or content.get("arch")
-    if not isinstance(arch, str):
+    arch = arch_of(content, path, arch)
+    if arch is None:
         raise UserError(f"{path} does not say which network it holds: name it with --arch, such as resnet50")
     settings = network_settings(content, path, arch)
     encoder = base_encoder(arch, **settings)

@@ -14,7 +14,7 @@ from moco.data.pil import center_resize
 from moco.encoders import base_encoder, last_linear, on_meta_device
 from moco.errors import UserError
 from moco.progress import Progress
-from moco.run.backbone import loaded_backbone
+from moco.run.backbone import arch_of, loaded_backbone
 from moco.run.checkpoint import check_arch, read
 
 GROUP = 16  # batches after which the features of a GPU are moved to the CPU, for which it waits
@@ -43,8 +43,7 @@ def backbone_of(path_or_name, arch=None, image_size=None):
     """
     path = zoo.resolve(path_or_name)
     checkpoint = read(path)
-    named = checkpoint.get("arch")
-    arch = arch or (named if isinstance(named, str) else "resnet50")
+    arch = arch_of(checkpoint, path, arch) or "resnet50"
     check_arch(checkpoint, arch, path)
     network, image_size, taken = loaded_backbone(checkpoint, path, arch, image_size)
     trained = own if isinstance(own := checkpoint.get("settings"), dict) else {}  # others may have any

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torchvision import models
 
-from moco.encoders import RESNETS, SMALL, TIMM, backbone, base_encoder, last_linear, on_meta_device
+from moco.encoders import RESNETS, SMALL, TIMM, backbone, base_encoder, is_known, last_linear, on_meta_device
 from moco.errors import UserError
-from moco.run.checkpoint import load_strictly, plain_names, some_of, state_dicts
+from moco.run.checkpoint import WRITTEN, load_strictly, plain_names, some_of, state_dicts
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; files from before torch 0.4.1 and converted ones lack it
 ENTRIES = (  # of a file that hold a state_dict; of several whole backbones that of the first is taken
@@ -20,6 +20,7 @@ ENTRIES = (  # of a file that hold a state_dict; of several whole backbones that
     "teacher",  # DINO: its eval_linear.py takes it and not the student
     "classy_state_dict.base_model.model.trunk",  # VISSL: extra_scripts/convert_vissl_to_torchvision.py
 )
+NAME_IT = "Name the same network of torchvision, or of timm as timm:NAME, with --arch"
 # Words in the names of encoders that follow another one, which is taken instead where the file has it:
 # encoder_k (MoCo), momentum_encoder (MoCo v3), momentum_backbone (solo-learn), backbone_momentum (lightly),
 # target_net (mmselfsup's BYOL), state_dict_ema (timm); of DINO's two the student is the one that is left.
@@ -79,6 +80,23 @@ def loaded_backbone(checkpoint, path, arch, image_size=None, advice=None):
     return network.eval(), settings["image_size"], taken
 
 
+def arch_of(checkpoint, path, arch=None):
+    """`arch` or, when it is None, the architecture that the checkpoint read from `path` names, or None.
+
+    Raises UserError when that is of another program, and not known here.
+    """
+    named = checkpoint.get("arch")
+    if arch is not None or not isinstance(named, str):
+        return arch
+    try:
+        base_encoder(named)
+    except UserError as error:
+        if named.startswith(TIMM):
+            raise
+        raise UserError(f"{path} names the architecture {named}, but {error} {NAME_IT}") from error
+    return named
+
+
 def network_settings(checkpoint, path, arch, stem=None, image_size=None):
     """{"stem": ..., "image_size": ...}: keywords with which base_encoder builds the network of a file.
 
@@ -135,11 +153,20 @@ def _best(checkpoint, path, network, arch, advice=None):
     in_part = [each for each in found if 2 * each.fitting >= total]
     if not whole or in_part[0].preference < whole[0].preference:  # the one to take is incomplete
         near = _nearest(checkpoint, path, arch)
+        named = checkpoint.get("arch")
+        if advice is None and not near and isinstance(named, str) and not is_known(named):
+            advice = f"the file names {named}, which is not known here. {NAME_IT}"
         advice = advice or f"{'' if near else 'if it is of another architecture, '}name that with --arch"
         advice = f"its tensors are those of {near}; {advice}" if near else advice
         raise UserError(f"{path} {_no_backbone(checkpoint, in_part or found, total, arch, advice)}")
     best = whole[0]
-    for other in whole:
+    for name, tensor in best.tensors():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: {name} {best.place} is not finite, as after training that diverged; name an "
+                "earlier checkpoint"
+            )
+    for other in whole[1:]:
         if other.preference == best.preference and not other.same_tensors(best):
             raise UserError(
                 f"{path} holds several backbones of {arch}, {best.place} and {other.place}: write the "
@@ -161,11 +188,13 @@ def _complete(best, own):
 class _Backbone:
     """Tensors of a file that are a backbone, whole or in part.
 
-    entry, state: the dict that holds them, as of `state_dicts`; names: theirs in it, by the network's.
+    entry, state: the dict that holds them, as of `state_dicts`, under plain names; names: theirs in it, by
+    the network's; prefix: what stands before them, written: with the marks that plain names lack.
     """
 
     entry: str
     prefix: str
+    written: str
     numbered: bool  # layers have numbers, as in nn.Sequential(*network.children())
     state: dict
     names: dict
@@ -174,7 +203,7 @@ class _Backbone:
 
     @property
     def place(self):
-        return (f"under {self.prefix} " if self.prefix else "") + f"of the file's {self.entry}"
+        return (f"under {self.written} " if self.written else "") + f"of the file's {self.entry}"
 
     @property
     def description(self):
@@ -186,9 +215,13 @@ class _Backbone:
         follows = bool(FOLLOWERS & set(re.split(r"[._]", f"{self.entry}.{self.prefix}")))
         return follows, ENTRIES.index(self.entry) if self.entry in ENTRIES else len(ENTRIES)
 
+    def tensors(self):
+        """(name in the file, tensor) of each but the counters, in the network's order."""
+        return [(name, self.state[name]) for own, name in self.names.items() if not _is_counter(own)]
+
     def same_tensors(self, other):
-        pairs = [(self.names[name], other.names[name]) for name in self.names if not _is_counter(name)]
-        return all(torch.equal(self.state[one], other.state[two]) for one, two in pairs)
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return all(torch.equal(one, two) for (_, one), (_, two) in pairs)
 
 
 def _head(network, arch):
@@ -231,6 +264,9 @@ def _backbones(checkpoint, own, layers, head, arch):
         (True, by_number, set(numbers.values())),  # lightly's examples
     ]
     for entry, state in state_dicts(checkpoint).items():
+        written = dict(zip(plain_names(state), state, strict=False))
+        if entry == "state_dict":
+            written |= checkpoint.get(WRITTEN, {})
         state = plain_names(state)
         for numbered, naming, starts in namings:
             for prefix in _prefixes(state, {naming[name] for name in own}):
@@ -250,7 +286,14 @@ def _backbones(checkpoint, own, layers, head, arch):
                 ]
                 if fitting := sum(misfit is None for misfit in misfits.values()):
                     misfit = next(filter(None, [*misfits.values(), *more]), None)
-                    yield _Backbone(entry, prefix, numbered, state, names, fitting, misfit)
+                    start = _written_prefix(prefix, names, written)
+                    yield _Backbone(entry, prefix, start, numbered, state, names, fitting, misfit)
+
+
+def _written_prefix(prefix, names, written):
+    """What stands in a file before the first of the plain `names` that it has, which start with `prefix`."""
+    name = next(name for name in names.values() if name in written)
+    return written[name].removesuffix(name.removeprefix(prefix))
 
 
 def _misfit(state, name, tensor, arch):

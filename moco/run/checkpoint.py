@@ -5,6 +5,7 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moco.encoders import is_known
 from moco.errors import UserError, first_line, shell_word
 from moco.files import atomic_file
 from moco.lock import LOCK, Lock
@@ -19,6 +21,7 @@ from moco.lock import LOCK, Lock
 NAME = re.compile(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar")
 WRAPPER_PREFIX = "module."  # of DistributedDataParallel, in front of the names in published files
 COMPILE_MARK = "_orig_mod."  # of torch.compile, in files of other programs
+WRITTEN = "names in the file"  # the entry that `read` adds: a state_dict's plain names to those that it had
 
 
 def save(checkpoint, path, before=None):
@@ -45,11 +48,11 @@ def read(path):
     """A checkpoint, of this or another program: a dict with at least `state_dict`, tensors on the CPU.
 
     `state_dict` is what the file has under this name, or the file itself where it is a bare state_dict, with
-    names without DistributedDataParallel's `module.`; it is empty where a file has its tensors under other
-    names, from which moco.run.backbone takes the backbone. Only tensors, plain values, argparse.Namespace and
-    NumPy's numbers are read (`weights_only=True`); damage is found by the CRC-32 that torch writes beside
-    every tensor and does not look at. A safetensors file is read too, with the `arch` that its metadata may
-    name. Raises UserError.
+    names without DistributedDataParallel's `module.` (the entry WRITTEN has those with it); it is empty where
+    a file has its tensors under other names, from which moco.run.backbone takes the backbone. Only tensors,
+    plain values, argparse.Namespace and NumPy's numbers are read (`weights_only=True`); damage is found by
+    the CRC-32 that torch writes beside every tensor and does not look at. A safetensors file is read too,
+    with the `arch` that its metadata may name. Raises UserError.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +62,8 @@ def read(path):
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on pickles of other programs
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -68,10 +72,33 @@ def read(path):
     content = loaded if isinstance(loaded, dict) else {}
     found = state_dicts(content)
     if not found:
-        raise UserError(f"{path} holds no state_dict, so it is not a checkpoint of a model")
+        raise UserError(f"{path} {_no_state_dict(loaded)}")
     if "state_dict" not in found:  # the file's own tensors, where it is a bare state_dict
         content = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
-    return {**content, "state_dict": plain_names(found.get("state_dict") or found.get("") or {})}
+    state = found.get("state_dict") or found.get("") or {}
+    plain = plain_names(state)
+    return {**content, "state_dict": plain, WRITTEN: dict(zip(plain, state, strict=False))}
+
+
+def _no_state_dict(loaded):
+    """What is wrong with what torch.load gave, which has no tensors by name."""
+    has = f"a {type(loaded).__name__}"
+    for entry, values in _dicts(loaded if isinstance(loaded, dict) else {"": loaded}):
+        for name, value in values.items():
+            number = sum(isinstance(item, dict) and bool(state_dicts(item)) for item in _listed(value))
+            if number:
+                where = f"its {f'{entry}.' * bool(entry)}{name}" if name else "it"
+                return (
+                    f"holds no state_dict by name, but {where} is a list of {number}: write the one that you "
+                    "want to a file of its own, by torch.save"
+                )
+    if isinstance(loaded, dict):
+        has = some_of(map(str, loaded)) or "nothing"
+    return f"holds no state_dict, so it is not a checkpoint of a model: it has {has}"
+
+
+def _listed(value):
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _is_safetensors(path):
@@ -149,16 +176,24 @@ def _harmless():
 
 def state_dicts(content):
     """{entry: {name: tensor}} of a file's dicts that hold tensors by name, "a.b" for content["a"]["b"]."""
-    found, waiting, seen = {}, [("", content)], set()
+    found = {}
+    for entry, values in _dicts(content):
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        if tensors:
+            found[entry] = tensors
+    return found
+
+
+def _dicts(content):
+    """(entry, the values with a name) of a dict, whose entry is "", and of the dicts in it, at any depth."""
+    waiting, seen = [("", content)], set()
     for entry, values in waiting:
         named = {name: value for name, value in values.items() if isinstance(name, str)}
-        if tensors := {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}:
-            found[entry] = tensors
+        yield entry, named
         if id(values) not in seen:  # a pickle may hold itself
             seen.add(id(values))
             dicts = ((name, value) for name, value in named.items() if isinstance(value, dict))
             waiting += [(f"{entry}.{name}" if entry else name, value) for name, value in dicts]
-    return found
 
 
 def plain_names(state_dict):
@@ -175,9 +210,9 @@ def published_names(model):
 
 
 def check_arch(checkpoint, arch, path):
-    """Raise UserError when the checkpoint read from `path` says that it is of another architecture."""
+    """Raise UserError when the checkpoint read from `path` names another architecture that is known here."""
     named = checkpoint.get("arch")
-    if isinstance(named, str) and named != arch:
+    if isinstance(named, str) and named != arch and is_known(named):
         raise UserError(f"{path} is of -a {named}, not of -a {arch}")
 
 
@@ -525,6 +560,11 @@ def _unreadable(path, error):
         return f"{path} is empty; copy or download it again"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"{path} is a web page that a server sent instead of a checkpoint; download it again"
+    if raw.startswith(PICKLES) and not raw[2:].startswith(OF_TORCH):
+        return (
+            f"{path} is a pickle, but not of torch.save, and reading it could run code; refused. Where you "
+            f"trust it, {_written_alone(path, OF_PICKLE.replace(*BY_PICKLE))}"
+        )
     if call := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
             f"{path} holds more than tensors and plain values ({call[1]}), so reading it could run code; "
@@ -536,13 +576,22 @@ def _unreadable(path, error):
     return f"{path} is damaged or not a checkpoint of torch{reason}; copy or download it again"
 
 
+# How pickles start, which those of torch.save without zip go on with: its magic number.
+PICKLES, OF_TORCH = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), b"\x8a\n"
+
 # Python programs that write the weights of file 1 alone to file 2, of what is not read here.
 OF_TORCHSCRIPT = 'import sys, torch; torch.save(torch.jit.load(sys.argv[1], "cpu").state_dict(), sys.argv[2])'
-OF_PICKLE = (  # dicts and modules, in each other
+OF_PICKLE = (  # dicts, modules and NumPy's arrays, in each other
     'import sys, torch; w = lambda v: w(v.state_dict()) if hasattr(v, "state_dict") else '
     "{k: w(x) for k, x in v.items()} if isinstance(v, dict) else "
-    "v if torch.is_tensor(v) or type(v) in (str, int, float) else None; "
+    "v if torch.is_tensor(v) or type(v) in (str, int, float) else "
+    'torch.from_numpy(v.astype(v.dtype.newbyteorder("="))) '
+    'if type(v).__name__ == "ndarray" and v.dtype.kind in "biuf" else None; '
     'torch.save(w(torch.load(sys.argv[1], "cpu", weights_only=False)), sys.argv[2])'
+)
+BY_PICKLE = (
+    'torch.load(sys.argv[1], "cpu", weights_only=False)',
+    '__import__("pickle").load(open(sys.argv[1], "rb"), encoding="latin1")',
 )
 
 

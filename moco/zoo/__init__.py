@@ -267,7 +267,9 @@ def _download(name, url, link, path, check):
 
 
 def _backbone(checkpoint, path):
-    return loaded_backbone(checkpoint, path, "resnet50", advice="moco.zoo reads ResNet-50s")[0]
+    named = checkpoint.get("arch")
+    other = f", and the file names {named}" if isinstance(named, str) and named != "resnet50" else ""
+    return loaded_backbone(checkpoint, path, "resnet50", advice=f"moco.zoo reads ResNet-50s{other}")[0]
 
 
 def _hint(name, names):

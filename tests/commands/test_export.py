@@ -75,7 +75,7 @@ def test_the_printed_lines_load_a_network_with_the_same_features(tmp_path, reque
     assert code == 0, errors
     taken, first, *lines = output.splitlines()
     count = len(own.state_dict())
-    assert taken.startswith(f"{checkpoint}: the tensors under encoder_q. of the file's state_dict, ")
+    assert taken.startswith(f"{checkpoint}: the tensors under module.encoder_q. of the file's state_dict, ")
     assert first == f"{out}: the {count} tensors of a {arch} backbone; load it in {to} with"
     names = {"torch": torch, "torchvision": torchvision, "timm": timm, "safetensors": safetensors}
     exec("\n".join(lines), names)

@@ -62,7 +62,7 @@ def test_the_backbone_of_a_checkpoint_is_its_query_encoder(folders, tmp_path):
     torch.save({"epoch": 3, "arch": ARCH, "state_dict": state}, tmp_path / "c.pth.tar")
     network, checkpoint = backbone_of(tmp_path / "c.pth.tar")
     assert checkpoint["arch"] == ARCH and checkpoint["epoch"] == 3 and not network.training
-    assert checkpoint["taken"].startswith("the tensors under encoder_q. of the file's state_dict, ")
+    assert checkpoint["taken"].startswith("the tensors under module.encoder_q. of the file's state_dict, ")
 
     images = image_folder(folders, "val")
     loader = ValidationLoader(images, size=32, batch_size=4)

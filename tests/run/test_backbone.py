@@ -19,8 +19,11 @@ from torch import nn
 
 import main_lincls
 import main_moco
+from moco import zoo
 from moco.encoders import base_encoder
 from moco.errors import UserError
+from moco.evaluate.features import load_backbone
+from moco.export import export
 from moco.run.backbone import encoder_state, load_encoder, network_settings
 from moco.run.checkpoint import read
 
@@ -73,13 +76,16 @@ VISSL = {
 LAYOUTS = {  # name: (content, what is said to be taken)
     "MoCo": (
         {"state_dict": under("module.encoder_q.") | under("module.encoder_k.", OTHER) | under("", HEAD)},
-        "under encoder_q. of the file's state_dict, 8 of other parts left out",
+        "under module.encoder_q. of the file's state_dict, 8 of other parts left out",
     ),
     "MoCo v3": (
         {"state_dict": under("module.momentum_encoder.", OTHER) | under("module.base_encoder.")},
-        "under base_encoder. of the file's state_dict, 6 of other parts left out",
+        "under module.base_encoder. of the file's state_dict, 6 of other parts left out",
     ),
-    "compiled": ({"model": under("module.encoder_q._orig_mod.")}, "under encoder_q. of the file's model"),
+    "compiled": (
+        {"model": under("module.encoder_q._orig_mod.")},
+        "under module.encoder_q._orig_mod. of the file's model",
+    ),
     "DINO": (
         {"student": under("module.backbone.", OTHER), "teacher": under("backbone.") | under("", HEAD)},
         "under backbone. of the file's teacher, 2 of other parts left out",
@@ -115,13 +121,13 @@ LAYOUTS = {  # name: (content, what is said to be taken)
     ),
     "SimSiam": (
         {"state_dict": under("module.encoder.") | under("module.encoder.fc.0.", HEAD)},
-        "under encoder. of the file's state_dict, 2 of other parts left out",
+        "under module.encoder. of the file's state_dict, 2 of other parts left out",
     ),
     "timm with averaged weights": (
         {"state_dict_ema": OTHER, "state_dict": GOOD},
         "the tensors of the file's state_dict",
     ),
-    "averaged alone": ({"model_ema": under("module.")}, "the tensors of the file's model_ema"),
+    "averaged alone": ({"model_ema": under("module.")}, "the tensors under module. of the file's model_ema"),
     "a net": ({"net": under("net."), "acc": 3.5, "epoch": 3}, "under net. of the file's net"),
     "a bare state_dict beside a number": (
         {**under("model."), "epoch": 3},
@@ -265,6 +271,32 @@ def test_the_same_tensors_twice_are_no_question(tmp_path):
     assert same(read(tmp_path / "file.pth")["state_dict"], GOOD)
 
 
+def test_a_tensor_that_is_not_finite_is_named(tmp_path):
+    for value in (float("nan"), float("inf")):
+        broken = {name: tensor.clone() for name, tensor in GOOD.items()}
+        broken["bn.bias"][3] = value
+        with pytest.raises(UserError, match="backbone.bn.bias under backbone. of .* is not finite.*earlier"):
+            loaded(tmp_path, {"net": under("backbone.", broken)})
+    rest = under("head.", {"bn.bias": broken["bn.bias"]})
+    assert same(loaded(tmp_path, {"net": under("backbone.") | rest})[0], GOOD)  # negative control
+
+
+def test_a_network_that_is_not_known_here_is_said_to_be_the_files(tmp_path):
+    path = tmp_path / "file.pth"
+    torch.save({"arch": "vit_small", "model": under("backbone.")}, path)
+    for use in (load_backbone, lambda path: export(path, tmp_path / "out.pth", "timm")):
+        with pytest.raises(UserError, match="names the architecture vit_small, but torchvision .*--arch"):
+            use(path)
+    with pytest.raises(UserError, match="does not fit resnet18, .*; the file names vit_small, .* --arch$"):
+        load_backbone(path, "resnet18")
+    with pytest.raises(UserError, match="ResNet-50s, and the file names vit_small"):
+        zoo.load(path)
+    load_backbone(path, "tiny")
+    torch.save({"arch": "resnet18", "model": under("backbone.")}, path)
+    with pytest.raises(UserError, match="is of -a resnet18, not of -a tiny"):  # negative control
+        load_backbone(path, "tiny")
+
+
 def test_a_file_that_holds_itself_is_read(tmp_path):
     content = {"state_dict": dict(GOOD)}
     content["self"] = content["state_dict"]["self"] = content
@@ -360,6 +392,20 @@ def test_the_command_takes_modules_apart(tmp_path, content, monkeypatch):
     with pytest.raises(UserError, match="holds more than tensors and plain values .torch.nn") as error:
         read(tmp_path / "whole.pt")
     assert same(*extracted(error.value, tmp_path / "whole.pt"))
+
+
+@pytest.mark.parametrize("protocol", [None, 2, 4])
+def test_the_command_writes_arrays_as_tensors(tmp_path, protocol, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = {name: tensor.numpy() for name, tensor in GOOD.items()}
+    content = {"model": under("module.", arrays) | {"module.bn.bias": arrays["bn.bias"].astype(">f4")}}
+    if protocol:
+        (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(content, protocol))
+    else:
+        torch.save(content, tmp_path / "arrays.pkl")
+    with pytest.raises(UserError, match="could run code; refused") as error:
+        read(tmp_path / "arrays.pkl")
+    assert same(*extracted(error.value, tmp_path / "arrays.pkl"))
 
 
 def extracted(error, path):
