@@ -125,7 +125,7 @@ def evaluate(rank, args):
     if classifier.bias is not None:
         classifier.bias.zero_()
     if resumed:
-        linear.check_classes(checkpoint, source, classes)
+        linear.check_classes(checkpoint, source, classes, head)
         load_strictly(backbone, with_counters(checkpoint["state_dict"], backbone), source)
     elif source:
         taken = load_encoder(backbone, checkpoint, source, args.arch)

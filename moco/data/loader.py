@@ -79,8 +79,13 @@ class TrainLoader:
     ):
         self.global_batch = batch_size * world_size
         if drop_last and len(images) < self.global_batch:
+            least = world_size * min(views, 2)  # batch_per_process
+            advice = "lower -b"
+            if len(images) < least:
+                advice = f"add images: {least} are the fewest" + " for these processes" * (world_size > 1)
             raise UserError(
-                f"{images.root} has {len(images)} images, fewer than a step's {self.global_batch}; lower -b"
+                f"{images.root} has {len(images)} image{'s' * (len(images) != 1)}, fewer than a step's "
+                f"{self.global_batch}; {advice}"
             )
         self._batches = EpochBatches(len(images), self.global_batch, seed, rank, world_size, drop_last)
         source = _Images(paths_of(images), targets_of(images), cache, gray_range)

@@ -280,12 +280,18 @@ def restore(checkpoint, path, probes, optimizer, results, epochs):
     return checkpoint["epoch"]
 
 
-def check_classes(checkpoint, path, classes):
+def check_classes(checkpoint, path, classes, head="fc"):
     """Raise UserError when the classifier of a checkpoint has other classes than the list of names `classes`.
 
-    A checkpoint that does not name its classes, as of upstream, passes.
+    head: the name of the classifier. One that does not name its classes, as of upstream, passes when they
+    are as many.
     """
-    before = _class_names(checkpoint, path)
+    before, outputs = _class_names(checkpoint, path), _outputs(checkpoint, head)
+    if before is None and outputs not in (0, len(classes)):
+        raise UserError(
+            f"{path} has {outputs} classes, which it does not name, the data set has {len(classes)}; give the "
+            "data of that run, or start a new run without --resume"
+        )
     if before not in (None, classes):
         differ = [pair for pair in zip(before, classes, strict=False) if pair[0] != pair[1]]
         first = f" (first difference: {differ[0][0]} there, {differ[0][1]} here)" if differ else ""
@@ -304,8 +310,7 @@ def labeled_validation(folder, factor, checkpoint, path, head="fc"):
     are as many. Raises UserError.
     """
     val, advice = image_folder(folder, "val"), "give the folder and --target of that run"
-    names, bias = _class_names(checkpoint, path), checkpoint["state_dict"].get(f"{head}.bias")
-    outputs = 0 if bias is None else bias.numel()
+    names, outputs = _class_names(checkpoint, path), _outputs(checkpoint, head)
     if factor is not None:
         val.target_transform = [trifeature.factor_of(name, factor) for name in val.classes].__getitem__
         names = list(trifeature.FACTORS[factor])
@@ -336,6 +341,12 @@ def _class_names(checkpoint, path):
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(f"{path} is not a checkpoint of this program: its entry classes is no list of names")
     return names
+
+
+def _outputs(checkpoint, head):
+    """How many classes the classifier of a checkpoint has, 0 when there is none."""
+    bias = checkpoint.get("state_dict", {}).get(f"{head}.bias")
+    return 0 if bias is None else bias.numel()
 
 
 def _optimizer_of(optimizer, i):

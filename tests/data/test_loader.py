@@ -15,7 +15,7 @@ from moco.data.augment import draw, moco_v2
 from moco.data.cache import decoded_cache
 from moco.data.decode import read_pixels
 from moco.data.device import DeviceAugment
-from moco.data.folders import image_folder, paths_of
+from moco.data.folders import ImageFolder, image_folder, paths_of
 from moco.data.loader import TRIES, TrainLoader, ValidationLoader, batch_per_process
 from moco.errors import UserError
 
@@ -147,6 +147,11 @@ def test_fewer_images_than_a_step_takes_make_one_unless_they_are_dropped(folders
     assert sorted(indices.tolist()) == list(range(24))
     with pytest.raises(UserError, match="has 24 images, fewer than a step's 100; lower -b"):
         train_loader(folders, batch_size=100)
+    one = ImageFolder("DIR", [], [("a.jpg", 0)])
+    with pytest.raises(UserError, match="DIR has 1 image, fewer than a step's 2; add images: 2 are the few"):
+        TrainLoader(one, moco_v2(), size=16, batch_size=2, seed=0)
+    with pytest.raises(UserError, match="fewer than a step's 16; add images: 8 are .* for these processes"):
+        TrainLoader(one, moco_v2(), size=16, batch_size=4, seed=0, world_size=4)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -228,6 +228,10 @@ def test_another_target_has_other_classes():
     checkpoint = {"classes": list(FACTORS["color"])}
     linear.check_classes(checkpoint, "x", list(FACTORS["color"]))
     linear.check_classes({}, "x", list(FACTORS["shape"]))  # as of upstream
+    unnamed = {"state_dict": {"head.bias": torch.zeros(10)}}
+    linear.check_classes(unnamed, "x", list(FACTORS["shape"]), "head")
+    with pytest.raises(UserError, match="x has 10 classes, which it does not name, the data set has 9; give"):
+        linear.check_classes(unnamed, "x", list(FACTORS["color"])[:9], "head")
     with pytest.raises(UserError, match="x has 10 classes, the data set has 10 others .first difference: "):
         linear.check_classes(checkpoint, "x", list(FACTORS["shape"]))
     with pytest.raises(UserError, match="x has 10 classes, the data set has 9 others; give"):
