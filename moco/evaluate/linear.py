@@ -289,8 +289,8 @@ def check_classes(checkpoint, path, classes, head="fc"):
     before, outputs = _class_names(checkpoint, path), _outputs(checkpoint, head)
     if before is None and outputs not in (0, len(classes)):
         raise UserError(
-            f"{path} has {outputs} classes, which it does not name, the data set has {len(classes)}; give the "
-            "data of that run, or start a new run without --resume"
+            f"{path} has {outputs} classes, which it does not name, the data set has {len(classes)}; give "
+            "the data of that run, or start a new run without --resume"
         )
     if before not in (None, classes):
         differ = [pair for pair in zip(before, classes, strict=False) if pair[0] != pair[1]]
