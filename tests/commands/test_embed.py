@@ -111,6 +111,16 @@ def test_the_head_gives_the_rows_that_the_loss_sees(folders, checkpoint, cli, tm
     assert not (tmp_path / "g.npz").exists()
 
 
+def test_the_size_of_conv3s_images_is_that_of_its_tensors(folders, cli, tmp_path):
+    network = base_encoder("conv3", image_size=24)(num_classes=4)
+    state = {f"encoder_q.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"arch": "conv3", "state_dict": state}, tmp_path / "c.pth")
+    words = [tmp_path / "c.pth", folders / "val", tmp_path / "f.npz", "-j", "0"]
+    code, output, errors = cli(embed.main, *words)
+    assert code == 0 and "9 x 128 features" in output and "24 x 24 pixels" in output, errors
+    refused(cli(embed.main, *words, "--force", "--image-size", "32"), "--image-size 24, not 32: use the same")
+
+
 def test_paths_that_are_no_text_lists_and_bad_images(folders, checkpoint, cli, tmp_path):
     source = paths_of(image_folder(folders, "train"))
     odd = [os.fsdecode(b"caf\xe9.jpg"), 'a,"b\n.jpg', "ünd.jpg"]
