@@ -21,9 +21,9 @@ from moco.data.folders import labeled_by_folder, paths_of, pretraining_images
 from moco.data.gray import range_warnings, uses_of_some
 from moco.encoders import check_image_size
 from moco.errors import Parser, UserError, first_line, printable, run_program
-from moco.evaluate.feature_file import files_of, write_features
+from moco.evaluate.feature_file import check_writable, write_features
 from moco.evaluate.features import backbone_of, embed, with_head
-from moco.files import check_free, sha256
+from moco.files import sha256
 from moco.options import add_gray_range
 from moco.run.resources import available_cores
 from moco.zoo import resolve
@@ -31,8 +31,7 @@ from moco.zoo import resolve
 
 def main():
     args = parse_args()
-    for path in files_of(args.out):
-        check_free(path, args.force)
+    check_writable(args.out, args.force)
     device = device_of(args.device)
     images = pretraining_images(args.folder, args.images)
     if args.images is None:
@@ -53,11 +52,8 @@ def main():
 
     print(*map(printable, images.summary()), sep="\n")
     if reading["gray_range"] is None:
-        print(
-            *(f"{printable(line)}\n" for line in range_warnings(uses_of_some(paths_of(images)))),
-            sep="",
-            end="",
-        )
+        for line in range_warnings(uses_of_some(paths_of(images))):
+            print(printable(line))
     labels = f"{len(images.classes):,} classes, by folder" if images.classes else "none"
     print(f"labels: {labels}; {size} x {size} pixels, resize {reading['resize']}, on {device}")
     print(printable(f"{args.checkpoint}: {arch}, {checkpoint['taken']}"), flush=True)

@@ -12,12 +12,13 @@ Both hold the same, as a dict of arrays that NumPy loads without pickle:
 import contextlib
 import csv
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from moco.errors import UserError, first_line
-from moco.files import atomic_file
+from moco.files import atomic_file, check_free
 
 SUFFIXES = (".npz", ".npy")
 BYTES = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # of a .csv: names as they are
@@ -34,6 +35,17 @@ def files_of(path):
             f"{path} must end in .npz (one file), or .npy (features) for a .csv (paths) beside it"
         )
     return [path] if path.suffix == ".npz" else [path, path.with_suffix(".csv"), path.with_suffix(".json")]
+
+
+def check_writable(path, force):
+    """Raise UserError unless `write_features(path, ...)` can write; with `force` it may replace files."""
+    for file in files_of(path):
+        check_free(file, force)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{Path(path).name}.", dir=Path(path).parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another place") from error
 
 
 def write_features(path, arrays):
@@ -64,7 +76,8 @@ def _rows(arrays):
 def read_features(path):
     """The dict of arrays in a file that `write_features` wrote; of others what is there. Raises UserError.
 
-    From an .npz at least `features` is needed, and beside an .npy no .csv.
+    From an .npz at least `features` is needed, and beside an .npy no .csv; labels without names get their
+    numbers for names.
     """
     files = files_of(path)
     try:
@@ -86,7 +99,12 @@ def read_features(path):
         raise UserError(f"{path} cannot be read as features ({reason}); write it by moco.embed") from error
     features, labels = arrays.get("features"), arrays.get("labels")
     is_whole = features is not None and features.ndim == 2 and features.dtype.kind == "f"
-    if not is_whole or labels is not None and labels.shape != features.shape[:1]:
+    if is_whole and labels is not None and len(labels):
+        is_whole = labels.shape == features.shape[:1] and labels.dtype.kind in "iu" and labels.min() >= 0
+        if is_whole and "classes" not in arrays:
+            arrays["classes"] = np.arange(labels.max() + 1).astype(str)
+        is_whole = is_whole and labels.max() < len(arrays["classes"])
+    if not is_whole:
         has = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
         raise UserError(f"{path} holds no features N x D with a label each ({has}); write it by moco.embed")
     return arrays

@@ -188,6 +188,7 @@ def test_a_full_disk_leaves_nothing_and_the_old_file(folders, checkpoint, cli, t
     [
         (["CKPT", "DATA", "o.txt"], "o.txt must end in .npz"),
         (["CKPT", "DATA", "no/o.npz"], "the folder no does not exist"),
+        (["CKPT", "DATA", "x" * 252 + ".npz"], "cannot write .*File name too long"),
         (["CKPT", "EMPTY", "o.npz"], "there is no image in .* names of images end in .jpg"),
         (["CKPT", "nowhere", "o.npz"], "there is no folder nowhere"),
         (["CKPT", "o.npz"], "give the folder DIR .* or a list of --images, one of them"),
@@ -258,6 +259,9 @@ def test_maps_of_few_labels_many_and_those_of_trifeature(tmp_path, cli, monkeypa
     write(tmp_path / "none.npz", [])
     write(tmp_path / "many.npz", [f"class {n}" for n in range(20)], count=3500)
     first, second = figure_of([tmp_path / "none.npz", tmp_path / "many.npz"], cli, monkeypatch).axes
+    np.savez(tmp_path / "own.npz", features=np.eye(4), labels=np.array([0, 2, 2, 2]))  # of a clustering
+    [own] = figure_of([tmp_path / "own.npz"], cli, monkeypatch).axes
+    assert [text.get_text() for text in own.get_legend().get_texts()] == ["0", "2"]
     assert list(points_of(first)) == ["0"] and first.get_legend() is None
     texts = [text.get_text() for text in second.get_legend().get_texts()]
     assert len(texts) == 15 and texts[-1] == "6 others"
@@ -299,6 +303,7 @@ def test_without_scikit_learn_its_pip_line_is_said(tmp_path, cli, monkeypatch):
         (["nothing.npz"], "nothing.npz cannot be read as features .No such file.*moco.embed"),
         (["text.npz"], "text.npz cannot be read as features"),
         (["flat.npz"], r"flat.npz holds no features N x D .*\(features float64 \(3,\)\)"),
+        (["odd.npz"], r"odd.npz holds no features N x D with a label each"),
         (["two.npz"], "two.npz has 2 x 8 features; a map needs 3 images"),
         (["nan.npz"], "nan.npz has features that are not finite"),
         (["f.npz", "run"], "f.npz is of features and run of a run: draw them in two pictures"),
@@ -310,6 +315,7 @@ def test_what_cannot_be_mapped_is_one_sentence(words, sentence, tmp_path, cli, m
     write("f.npz", ["ant"])
     write("two.npz", [], count=2)
     (tmp_path / "text.npz").write_text("no zip")
+    np.savez("odd.npz", features=np.eye(3), labels=np.array([0, 1, -1]))
     np.savez("flat.npz", features=np.zeros(3))
     np.savez("nan.npz", features=np.full((5, 4), np.nan, np.float32))
     refused(cli(plot.main, *words, "-o", "o.png"), sentence)

@@ -53,7 +53,8 @@ def test_a_run_of_moco_gives_both_encoders_and_a_head_that_fits(dim, whole, fres
     head = "" if fits else "the head fc (encoder_q.fc.2.weight is (8, 8) there and (7, 8) in tiny), "
     taken, left = (10, 12) if fits else (6, 16)
     said = (
-        f"{taken} of the encoder's 10 tensors are those under module.encoder_q. of the file's state_dict, {left} of"
+        f"{taken} of the encoder's 10 tensors are those under module.encoder_q. of the file's "
+        f"state_dict, {left} of"
     )
     assert f"pretrained: {path}: {said} other parts left out; fresh: {head}the queue" in output.splitlines()
     for name in ("encoder_q.conv.weight", "encoder_q.bn.weight", *[HEAD[0] + "2.weight"] * fits):
