@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +31,11 @@ def load_backbone(name_or_path, arch=None):
     """
     network, checkpoint = backbone_of(name_or_path, arch)
     size, resize = checkpoint["image_size"], checkpoint["resize"]
-    return network, lambda image: normalize(center_resize(np.asarray(image.convert("RGB")), size, resize))
+    return network, partial(_central_view, size=size, resize=resize)
+
+
+def _central_view(image, size, resize):
+    return normalize(center_resize(np.asarray(image.convert("RGB")), size, resize))
 
 
 def backbone_of(path_or_name, arch=None, image_size=None):
