@@ -240,8 +240,10 @@ def _found(checkpoint, network, arch):
 
 def _nearest(checkpoint, path, arch):
     """A network whose whole backbone the file holds, of arch's family, the ResNets and conv3, or None."""
-    family = re.match("[a-z]*", arch)[0]
-    names = [name for name in models.list_models(module=models) if name.startswith((family, *RESNETS))]
+    families = (re.match("[a-z]*", arch)[0],)
+    if max(map(len, state_dicts(checkpoint).values())) >= 60:  # the smallest ResNet has as many
+        families += RESNETS
+    names = [name for name in models.list_models(module=models) if name.startswith(families)]
     for name in [*names, "conv3"]:
         if name != arch and not name.startswith("regnet"):  # regnets are slow to construct
             encoder = base_encoder(name, **network_settings(checkpoint, path, name))

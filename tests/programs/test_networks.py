@@ -14,10 +14,10 @@ from moco.evaluate.features import load_backbone
 
 HEADS = {  # the name of the classifier, and what else its network needs
     "conv3": ("fc", ["--bn-splits", "2"]),
-    "resnet18 --stem small": ("fc", []),
     "timm:test_vit": ("head", ["--channels-last"]),
 }
 SLOW = {
+    "resnet18 --stem small": ("fc", []),
     "shufflenet_v2_x0_5": ("fc", []),
     "timm:test_efficientnet": ("classifier", ["--bn-splits", "2"]),
     "timm:convnext_atto": ("head.fc", ["--compile"]),

@@ -30,7 +30,7 @@ TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIG
         (2, 4, 4, TERM, os.getpid),
         (2, 0, 4, TERM, os.getppid),
         (2, 0, 4, INT, os.getppid),
-        (2, 0, 4, HUP, os.getppid),
+        pytest.param(2, 0, 4, HUP, os.getppid, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_stopped_by_a_signal_continues_exactly(

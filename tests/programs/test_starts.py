@@ -105,7 +105,7 @@ def launched(variables, *words):
     return Forked(*words, prepare=lambda: os.environ.update({k: str(v) for k, v in variables.items()}))
 
 
-@pytest.mark.parametrize("launcher", ["by flags", "deepspeed", "srun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", "by flags", pytest.param("srun", marks=pytest.mark.slow)])
 def test_processes_of_any_launcher_that_says_where_they_meet_join(
     launcher, folders, tmp_path, free_port, whole
 ):

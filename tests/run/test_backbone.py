@@ -235,7 +235,7 @@ def test_what_cannot_be_told_is_refused_with_the_prefixes_found(tmp_path, conten
 @pytest.mark.parametrize(
     ("arch", "settings", "asked"),
     [
-        ("resnet18", {"stem": "small"}, "resnet34"),
+        pytest.param("resnet18", {"stem": "small"}, "resnet34", marks=pytest.mark.slow),
         ("conv3", {"image_size": 32}, "resnet18"),
     ],
 )
