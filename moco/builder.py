@@ -43,6 +43,7 @@ class MoCo(nn.Module):
 
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
+        _redraw_zeros(self.encoder_q.get_submodule(self.head))
         if mlp:
             _add_hidden_layer(self.encoder_q, self.head)
             _add_hidden_layer(self.encoder_k, self.head)
@@ -126,6 +127,14 @@ def ifm_logits(l_pos, l_neg, epsilon, T):
     section 4). l_pos N x 1 and l_neg N x K are cosines, not yet divided by T. Returns N x (1+K).
     """
     return torch.cat([l_pos - epsilon, l_neg + epsilon], dim=1) / T
+
+
+def _redraw_zeros(classifier):
+    """Draw a Linear's weights where a network has it start at zero, or nearly, as vision transformers do:
+    features of length 0 have no direction.
+    """
+    if not classifier.weight.is_meta and classifier.weight.abs().max() < 1e-3:
+        classifier.reset_parameters()
 
 
 def _add_hidden_layer(encoder, head):

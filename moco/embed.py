@@ -42,11 +42,10 @@ def main():
     check_image_size(arch, size)
     if args.layer == "head":
         network = with_head(network, checkpoint, path)
-    trained = own if isinstance(own := checkpoint.get("settings"), dict) else {}  # others may have any
     reading = {
         "image_size": size,
         "resize": args.resize or checkpoint["resize"],
-        "gray_range": args.gray_range or trained.get("gray_range"),
+        "gray_range": args.gray_range or checkpoint["gray_range"],
     }
     identity = {"checkpoint": args.checkpoint, "sha256": sha256(path), "arch": arch, "layer": args.layer}
 

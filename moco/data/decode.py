@@ -79,10 +79,15 @@ def decode_by_pillow(data, gray_range=None):
             raise FormError("a TIFF whose channels, bits or kind of numbers Pillow does not know") from error
         raise
     with opened as image:
-        gray = gray_of(image)  # convert("RGB") would clip it to white
-        if gray:
-            return np.repeat(gray.pixels(gray_range)[:, :, None], 3, axis=2)
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return pixels_of(image, gray_range)
+
+
+def pixels_of(image, gray_range=None):
+    """A PIL image to uint8 (H, W, 3). Raises many kinds of exceptions."""
+    gray = gray_of(image)  # convert("RGB") would clip it to white
+    if gray:
+        return np.repeat(gray.pixels(gray_range)[:, :, None], 3, axis=2)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def reason(error):

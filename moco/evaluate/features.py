@@ -4,11 +4,11 @@ import contextlib
 import itertools
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
 from moco import zoo
+from moco.data.decode import pixels_of
 from moco.data.device import normalize
 from moco.data.loader import ValidationLoader
 from moco.data.pil import center_resize
@@ -27,15 +27,16 @@ def load_backbone(name_or_path, arch=None):
     network: in eval mode on the CPU, from normalized images (N, 3, H, W), float32, to features (N, d): the
     input of the classifier, as linear evaluation sees it. transform: a PIL image to such an image (3, S, S),
     the central view of validation. The architecture is read from the file (arch: for files that do not name
-    it), and S from the run's settings (else 224). Raises UserError.
+    it), S and --gray-range from the run's settings (else 224 and none). Raises UserError.
     """
     network, checkpoint = backbone_of(name_or_path, arch)
     size, resize = checkpoint["image_size"], checkpoint["resize"]
-    return network, partial(_central_view, size=size, resize=resize)
+    gray_range = checkpoint["gray_range"]
+    return network, partial(_central_view, size=size, resize=resize, gray_range=gray_range)
 
 
-def _central_view(image, size, resize):
-    return normalize(center_resize(np.asarray(image.convert("RGB")), size, resize))
+def _central_view(image, size, resize, gray_range):
+    return normalize(center_resize(pixels_of(image, gray_range), size, resize))
 
 
 def backbone_of(path_or_name, arch=None, image_size=None):
@@ -43,8 +44,8 @@ def backbone_of(path_or_name, arch=None, image_size=None):
 
     The network is that of `load_backbone`. arch: its name as of moco.encoders (default: the checkpoint's
     entry `arch`, else resnet50). image_size: of the images that it is to take (default: that of the run).
-    checkpoint: the dict that moco.run.checkpoint.read gives, with "arch", "image_size", "resize" and "taken":
-    where in the file the backbone was, in words. Raises UserError.
+    checkpoint: the dict that moco.run.checkpoint.read gives, with "arch", "image_size", "resize",
+    "gray_range", and "taken": where in the file the backbone was, in words. Raises UserError.
     """
     path = zoo.resolve(path_or_name)
     checkpoint = read(path)
@@ -54,6 +55,7 @@ def backbone_of(path_or_name, arch=None, image_size=None):
     trained = own if isinstance(own := checkpoint.get("settings"), dict) else {}  # others may have any
     resize = "torch" if trained.get("resize") == "torch" else "pil"
     found = {"arch": arch, "image_size": image_size, "resize": resize, "taken": taken}
+    found["gray_range"] = trained.get("gray_range")
     return network, checkpoint | found
 
 

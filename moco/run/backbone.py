@@ -1,5 +1,6 @@
 """The backbone in a checkpoint, of this or another program: found by the names and shapes of a network."""
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -152,10 +153,12 @@ def _best(checkpoint, path, network, arch, advice=None):
     whole = [each for each in found if each.misfit is None]
     in_part = [each for each in found if 2 * each.fitting >= total]
     if not whole or in_part[0].preference < whole[0].preference:  # the one to take is incomplete
-        near = _nearest(checkpoint, path, arch)
+        near = _nearest(checkpoint, path, arch, in_part)
         named = checkpoint.get("arch")
         if advice is None and not near and isinstance(named, str) and not is_known(named):
             advice = f"the file names {named}, which is not known here. {NAME_IT}"
+        if in_part and in_part[0].fitting >= total - 2 and "pos_embed" in (in_part[0].misfit or ""):
+            near, advice = None, "it is of another --image-size: use the same"
         advice = advice or f"{'' if near else 'if it is of another architecture, '}name that with --arch"
         advice = f"its tensors are those of {near}; {advice}" if near else advice
         raise UserError(f"{path} {_no_backbone(checkpoint, in_part or found, total, arch, advice)}")
@@ -238,18 +241,25 @@ def _found(checkpoint, network, arch):
     return own, sorted(found, key=lambda each: (each.preference, -each.fitting))
 
 
-def _nearest(checkpoint, path, arch):
-    """A network whose whole backbone the file holds, of arch's family, the ResNets and conv3, or None."""
-    families = (re.match("[a-z]*", arch)[0],)
-    if max(map(len, state_dicts(checkpoint).values())) >= 60:  # the smallest ResNet has as many
-        families += RESNETS
-    names = [name for name in models.list_models(module=models) if name.startswith(families)]
+def _nearest(checkpoint, path, arch, in_part):
+    """One of torchvision's networks, or conv3, whose whole backbone the file holds, or None.
+
+    in_part: whether the file has half of what was asked for; then only similar networks are looked at.
+    """
+    families = (re.match("[a-z]*", arch)[0], *RESNETS)
+    names = sorted(models.list_models(module=models), key=lambda name: not name.startswith(families))
+    if max(map(len, state_dicts(checkpoint).values())) < 60:  # the smallest ResNet has as many
+        families = families[:1]
+        in_part = True
+    if in_part:
+        names = [name for name in names if name.startswith(families)]
     for name in [*names, "conv3"]:
         if name != arch and not name.startswith("regnet"):  # regnets are slow to construct
-            encoder = base_encoder(name, **network_settings(checkpoint, path, name))
-            network = on_meta_device(lambda encoder=encoder: encoder(num_classes=1))
-            if any(each.misfit is None for each in _found(checkpoint, network, name)[1]):
-                return name
+            with contextlib.suppress(UserError):  # of a network that MoCo cannot take
+                encoder = base_encoder(name, **network_settings(checkpoint, path, name))
+                network = on_meta_device(lambda encoder=encoder: encoder(num_classes=1))
+                if any(each.misfit is None for each in _found(checkpoint, network, name)[1]):
+                    return name
     return None
 
 

@@ -572,7 +572,7 @@ def _unreadable(path, error):
             "program that made it"
         )
     text = first_line(error)
-    reason = "" if text.startswith("Weights only load failed") else f" ({text})"
+    reason = "" if text.startswith("Weights only load failed") or text.isdigit() else f" ({text})"
     return f"{path} is damaged or not a checkpoint of torch{reason}; copy or download it again"
 
 

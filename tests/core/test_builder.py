@@ -218,3 +218,27 @@ def test_a_non_finite_key_of_one_rank_enters_no_queue(run_ranks):
     before = model.queue.clone()
     model(*images(4))
     assert not torch.equal(model.queue, before)  # negative control
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-5])
+def test_a_classifier_that_starts_at_zero_is_drawn(size):
+    """As torchvision's vision transformers have it, and some of timm's."""
+
+    def encoder(num_classes):
+        network = TinyEncoder(num_classes)
+        torch.nn.init.uniform_(network.fc.weight, -size, size)
+        torch.nn.init.zeros_(network.fc.bias)
+        return network
+
+    model = MoCo(encoder, 8, 16)
+    images = torch.randn(4, 3, 16, 16)
+    loss, _, q, k = model(images, images, weights=(1.0, 0.0))
+    assert torch.allclose(q.norm(dim=1), torch.ones(4)) and torch.allclose(k.norm(dim=1), torch.ones(4))
+    assert torch.allclose(model.queue.norm(dim=0), torch.ones(16))
+    loss.backward()
+    assert model.encoder_q.fc.weight.grad.norm() < 1000
+    with torch.random.fork_rng():  # negative control: weights of the usual size stay
+        torch.manual_seed(0)
+        before = TinyEncoder(8).fc.weight
+        torch.manual_seed(0)
+        assert torch.equal(MoCo(TinyEncoder, 8, 16).encoder_q.fc.weight, before)

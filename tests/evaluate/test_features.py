@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from moco.builder import MoCo
@@ -11,7 +13,7 @@ from moco.data.folders import image_folder
 from moco.data.loader import ValidationLoader
 from moco.encoders import backbone, base_encoder
 from moco.errors import UserError
-from moco.evaluate.features import backbone_of, features_of, gram, rankme, similarities
+from moco.evaluate.features import backbone_of, features_of, gram, load_backbone, rankme, similarities
 
 ARCH = "shufflenet_v2_x0_5"
 
@@ -82,7 +84,28 @@ def test_the_backbone_of_a_checkpoint_is_its_query_encoder(folders, tmp_path):
     network, checkpoint = backbone_of(tmp_path / "others.pth", ARCH)
     assert checkpoint["taken"] == "the tensors of the file's teacher"
     assert torch.equal(features_of(network, loader, "cpu")[0], features)
+    torch.save({"student": dict(list(encoder.state_dict().items())[:20])}, tmp_path / "part.pth")
     with pytest.raises(UserError, match="does not fit resnet50, .* its student has conv1.0.weight, .*--arch"):
-        backbone_of(tmp_path / "others.pth")
+        backbone_of(tmp_path / "part.pth")
     with pytest.raises(UserError, match="nowhere"):
         backbone_of(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("gray_range", [None, [0, 4095]])
+def test_the_transform_reads_gray_images_as_the_programs_do(tmp_path, gray_range):
+    values = np.random.default_rng(0).integers(0, 4096, (40, 40), np.uint16)
+    path, checkpoint = tmp_path / "images" / "train" / "a" / "x.png", tmp_path / "file.pth"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(values).save(path)
+    state = base_encoder(ARCH)(num_classes=1).state_dict()
+    torch.save({"arch": ARCH, "state_dict": state, "settings": {"gray_range": gray_range}}, checkpoint)
+    network, transform = load_backbone(checkpoint)
+    with torch.no_grad():
+        found = network(transform(Image.open(path))[None])
+    images = image_folder(tmp_path / "images", "train")
+    seen, other = (
+        features_of(network, ValidationLoader(images, size=224, batch_size=1, gray_range=given), "cpu")[0]
+        for given in (gray_range, [0, 2000])
+    )
+    assert torch.allclose(found, seen, rtol=1e-4, atol=1e-10)
+    assert not torch.allclose(found, other, rtol=1e-2, atol=1e-8)  # negative control
