@@ -219,7 +219,8 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
         scaler.scale(loss).backward()
         if printed:
             scaler.unscale_(optimizer)
-            grad_norm = get_total_norm([weight.grad for weight in model.encoder_q.parameters()])
+            gradients = [weight.grad for weight in model.encoder_q.parameters()]
+            grad_norm = get_total_norm([each for each in gradients if each is not None])  # some may be frozen
         scaler.step(optimizer)
         scaler.update()
 

@@ -249,3 +249,18 @@ def test_layout_and_compilation_keep_losses_and_names(folders, tmp_path, world, 
         for name in ("plain", "flag")
     ]
     assert names[0] == names[1]
+
+
+def test_weights_without_a_gradient_are_left_out_of_its_norm(folders, tmp_path, cli, monkeypatch):
+    class Frozen(main_moco.MoCo):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            next(self.encoder_q.parameters()).requires_grad_(False)
+
+    norms = []
+    for name, model in (("whole", main_moco.MoCo), ("frozen", Frozen)):
+        monkeypatch.setattr(main_moco, "MoCo", model)
+        code, _, errors = cli(main_moco.main, *TINY, "--output-dir", tmp_path / name, folders)
+        assert code == 0, errors
+        norms.append(lines_of(tmp_path / name)[1]["grad_norm"])
+    assert 0 < norms[1] < norms[0]
