@@ -147,13 +147,14 @@ def pretrain(rank, args):
     rank.print(f"{len(loader)} steps of {loader.global_batch} images an epoch, {loader.transport}")
     rank.print(f"{augment}; JPEG files are decoded by {decoder_name()}")
     if args.random_bits:
-        augment = RandomBits(args.random_bits, seed, augment)
+        augment = RandomBits(args.random_bits, seed, augment, per_view=args.bits_per == "view")
     encoders = options.speed(args, rank.device)
     rank.print(f"seed {seed}; {rank.world_size} process(es) on {rank.device.type}; {encoders}")
     for line in options.notes(args, len(images), groups if has_batchnorm(model) else 0):
         rank.print(line)
 
-    chance = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)
+    method = options.trained_method(args)
+    chance = losses.chance(args.moco_k, method, args.epsilon, args.alpha, args.moco_t)
     start = {"epoch": first_epoch, "step": step, "steps": len(loader), "settings": settings, "chance": chance}
     start["pretrained"] = pretrained
     log = RunLog(args.output_dir, "log.jsonl", rank, tensorboard=args.tensorboard, **start, **data)
@@ -202,7 +203,9 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
     Returns the number of finished steps. Raises DivergedError when the loss was not finite.
     """
     rank, lr = stop.rank, optimizer.param_groups[0]["lr"]
-    weights = losses.weights(args.method, args.alpha)  # of the plain and of the perturbed loss
+    # of the plain and of the perturbed loss
+    weights = losses.weights(options.trained_method(args), args.alpha)
+    ifm = args.epsilon, args.moco_t, args.alpha, args.method
     model.train()
     step = meters.first_step - 1
     for step, batch in meters.timed(loader.epoch(epoch, meters.first_step)):
@@ -213,10 +216,14 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
         torch.manual_seed(seeds.fold(seed, seeds.STEP, epoch, step, rank.rank))  # for dropout
         order = seeds.shuffle_order(seed, epoch, step, len(im_q) * rank.world_size)  # for shuffling BatchNorm
         with options.autocast(args, rank.device):
-            loss, ranks, q, k = ddp(im_q, im_k, weights=weights, order=order)
+            loss, ranks, each, q, k = ddp(im_q, im_k, weights=weights, order=order)
 
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        if args.match_ifm:  # the step of plain InfoNCE becomes as long as IFM's would be
+            lengthened, length = rank.all_reduce(losses.gradient_factor(each, *ifm))
+            scaler.scale(loss * (lengthened / length)).backward()
+        else:
+            scaler.scale(loss).backward()
         if printed:
             scaler.unscale_(optimizer)
             gradients = [weight.grad for weight in model.encoder_q.parameters()]
@@ -229,6 +236,8 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
             meters.check_finite(epoch, step, lr)
             fill = queue_fill(epoch, step + 1, loader, args)
             features = similarities(q, k, mean_key) | {"grad_norm": grad_norm}
+            if args.method:
+                features |= losses.weight_statistics(each, *ifm)
             log.step(meters, epoch, step, lr=lr, features=features, queue_fill=fill)
         if stop.requested():  # on any rank
             break

@@ -1,4 +1,5 @@
-"""InfoNCE, its perturbed form under implicit feature modification (IFM), and accuracy.
+"""InfoNCE, its perturbed form under implicit feature modification (IFM), what that does to the gradient, and
+accuracy.
 
 van den Oord et al. 2018 (InfoNCE); Robinson et al. 2021, section 4 (IFM). N: batch, C: feature dimension,
 K: negatives, T: temperature. The positive's logit is in column 0, so all labels are 0.
@@ -43,12 +44,69 @@ def chance(K, method=None, epsilon=0.0, alpha=0.0, T=1.0):
     return plain_weight * math.log1p(K) + perturbed_weight * perturbed
 
 
+def gradient_weight(loss, epsilon, T, alpha, method):
+    """What IFM multiplies an image's gradient by: (N,) from each image's InfoNCE `loss`, (N,).
+
+    The perturbed loss of an image has the gradient of its InfoNCE times s(g + m) / s(g), with s the logistic
+    function, g the gap of `contrast` and m = 2 epsilon / T: the same direction. As s(g) = 1 - exp(-loss),
+    that is 1 / (1 - exp(-loss) + exp(-loss - m)): nearly 1 for a large loss and exp(m) for one of 0. So IFM
+    is InfoNCE with more weight on the images that it has solved. method, alpha: as in `weights`.
+    """
+    plain, perturbed = weights(method, alpha)
+    return plain + perturbed / (_slope(loss) + torch.exp(-loss - 2 * epsilon / T))
+
+
+def gradient_factor(loss, epsilon, T, alpha, method):
+    """(sum of w s, sum of s) over the images, (2,): their quotient is by how much IFM lengthens the gradient
+    of the batch, were all images' gradients parallel.
+
+    w: their `gradient_weight`s; s = 1 - exp(-loss): the length of an image's gradient up to the difference of
+    its positive and negative keys. The mean of w would count most the images that hardly have a gradient.
+    """
+    slope = _slope(loss)
+    return torch.stack([(gradient_weight(loss, epsilon, T, alpha, method) * slope).sum(), slope.sum()])
+
+
+def weight_statistics(loss, epsilon, T, alpha, method):
+    """The mean and the 95th percentile of `gradient_weight` and the quotient of `gradient_factor`, by their
+    names in the log, 0-dim. tensors."""
+    weight = gradient_weight(loss, epsilon, T, alpha, method)
+    lengthened, length = gradient_factor(loss, epsilon, T, alpha, method)
+    return {
+        "ifm_weight": weight.mean(),
+        "ifm_weight_p95": weight.kthvalue(math.ceil(0.95 * len(weight))).values,
+        "ifm_factor": lengthened / length,
+    }
+
+
+def largest_weight(K, epsilon, T, alpha, method, queue_mean=0.0):
+    """What `gradient_weight` can be at most, a float, for any image when the K keys' mean has this length.
+
+    exp(g) is the sum of exp(l_neg / T) over exp(l_pos / T). By Jensen's inequality the sum is at least K
+    exp(<q, mean key> / T), and l_pos is at most 1; so s(g + m) / s(g) - 1 <= exp(-g) <=
+    exp((1 + queue_mean) / T) / K. It is at most exp(m) - 1, too.
+    """
+    _, perturbed = weights(method, alpha)
+    least_gap, margin = math.log(K) - (1 + queue_mean) / T, 2 * epsilon / T
+    return 1 + perturbed * min(_exp(-least_gap), _exp(margin) - 1)
+
+
+def _slope(loss):
+    """1 - exp(-loss), above 0."""
+    return (-torch.expm1(-loss)).clamp(min=torch.finfo(loss.dtype).tiny)
+
+
+def _exp(x):
+    return math.exp(x) if x < 700 else math.inf
+
+
 def contrast(q, k, queue, T, weights, margin=0.0):
     """The weighted sum of both losses and the ranks of the positives, in one pass over the queue.
 
     q, k: N x C, unit rows, k without gradient; queue: C x K, unit columns; weights: of the plain and of the
-    perturbed loss; margin: 2 epsilon / T. Returns (loss, ranks): a scalar with a gradient for q, and (N,)
-    int64, the number of negatives that are nearer to the query than its positive.
+    perturbed loss; margin: 2 epsilon / T. Returns (loss, ranks, each): a scalar with a gradient for q; (N,)
+    int64, the number of negatives that are nearer to the query than its positive; (N,), each image's InfoNCE
+    without gradient.
 
     With a = l_pos / T and b = logsumexp(l_neg / T), InfoNCE is softplus(b - a). IFM lowers the positive's
     cosine by epsilon and raises the negatives', so its loss is softplus(b - a + 2 epsilon / T). The gradient
@@ -59,12 +117,13 @@ def contrast(q, k, queue, T, weights, margin=0.0):
     b, ranks = _LogSumExp.apply(q, l_pos.detach(), queue, T)  # N each
     plain, perturbed = weights
     gap = b - l_pos / T  # N
+    each = _softplus(gap)  # N
     loss = 0.0
     if plain:
-        loss = plain * _softplus(gap).mean()
+        loss = plain * each.mean()
     if perturbed:
         loss = loss + perturbed * _softplus(gap + margin).mean()
-    return loss, ranks
+    return loss, ranks, each.detach()
 
 
 class _LogSumExp(torch.autograd.Function):

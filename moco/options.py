@@ -61,6 +61,12 @@ def pretraining(arguments=None):
     _add_processes(parser)
     add = parser.add_argument_group("experiments").add_argument
     add("--random-bits", type=_between(0, 63, int), default=0, help="N random bits per image as channels")
+    add("--bits-per", choices=("image", "view"), default="image", help="view: drawn anew for each view")
+    add(
+        "--match-ifm",
+        action="store_true",
+        help="instead of --method's loss InfoNCE, times the factor by which IFM would lengthen the gradient",
+    )
     add("--recolor", action=_Removed, advice="vary the data or use --crops-only")
     args = parser.parse_args(arguments)
 
@@ -78,6 +84,10 @@ def pretraining(arguments=None):
     if args.method:
         args.epsilon = 0.1 if args.epsilon is None else args.epsilon
         args.alpha = 1.0 if args.alpha is None else args.alpha
+    if args.match_ifm and not args.method:
+        raise UserError(
+            "--match-ifm needs the --method and --epsilon whose factor it takes; add --method ifm"
+        )
     if args.crops_only and args.aug_plus:
         raise UserError("--crops-only leaves out what --aug-plus adds; give one of the two")
     if args.random_bits and args.pretrained:
@@ -205,18 +215,32 @@ def settings(args, seed):
     return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS} | {"seed": seed}
 
 
+def trained_method(args):
+    """The --method whose loss is trained: None, plain InfoNCE, with --match-ifm."""
+    return None if args.match_ifm else args.method
+
+
 def notes(args, images, batchnorm_groups):
     """What a user should know about this pre-training before it starts, in lines of at most 80 columns.
 
     batchnorm_groups: in how many the images of a step are normalized, 0 by a network without BatchNorm.
     """
-    with_ifm = losses.chance(args.moco_k, args.method, args.epsilon, args.alpha, args.moco_t)
+    method = trained_method(args)
+    with_ifm = losses.chance(args.moco_k, method, args.epsilon, args.alpha, args.moco_t)
     lines = [
         f"loss at chance: ln(1+K) = {losses.chance(args.moco_k):.4f}"
-        + f", with IFM {with_ifm:.4f}" * bool(args.method),
+        + f", with IFM {with_ifm:.4f}" * bool(method),
         "the queue starts as noise: the loss begins below chance and Acc@1 near 100, the",
         "  loss rises and Acc@1 falls while the queue fills, then the loss falls",
     ]
+    if args.method:
+        most = losses.largest_weight(args.moco_k, args.epsilon, args.moco_t, args.alpha, args.method)
+        advice = ": to have an effect lower --moco-t or --moco-k (README)" * (most < 1.05)
+        lines += [
+            f"with K = {args.moco_k} and T = {args.moco_t:g} IFM weighs an image's gradient at most "
+            f"{most:.5g} where",
+            f"  the queue's mean is 0{advice}",
+        ]
     if batchnorm_groups == 1:
         lines += [
             "note: with one BatchNorm group shuffling has no effect, and a query and its key",

@@ -263,7 +263,7 @@ def measure_loss(device, rounds, steps, batch_size=256, moco_k=65536):
         return loss, losses.accuracy(logits, labels), torch.autograd.grad(loss, q)
 
     def one_pass():
-        loss, ranks = losses.contrast(q, k, queue, T, losses.weights("ifm", ALPHA), 2 * EPSILON / T)
+        loss, ranks, _ = losses.contrast(q, k, queue, T, losses.weights("ifm", ALPHA), 2 * EPSILON / T)
         return loss, losses.rank_accuracy(ranks), torch.autograd.grad(loss, q)
 
     def seconds(work, _):

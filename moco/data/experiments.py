@@ -7,6 +7,7 @@ google-research/simclr), the channels hold 0 and 1, and validation images have b
 on what they show.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,12 +17,36 @@ from moco.seeds import BITS, fold
 from moco.shuffle import to_device
 
 MOST = 63  # bits in one number of moco.seeds.fold
-TRAIN, HELD_OUT = range(2)  # the two parts of a data set, each with image numbers from 0
+# What bits are of: the images of the two parts of a data set, each with numbers from 0; again these images,
+# drawn anew; and single views.
+TRAIN, HELD_OUT, TRAIN_AGAIN, HELD_OUT_AGAIN, VIEWS = range(5)
 
 
 def bits_of(seed, part, indices, bits):
-    """float32 (N, bits) of 0 and 1: those of the images `indices` of a part, TRAIN or HELD_OUT."""
-    numbers = torch.tensor([fold(seed, BITS, part, index) for index in indices], dtype=torch.int64)
+    """float32 (N, bits) of 0 and 1: those of the images `indices` of a part."""
+    return _lowest_bits([fold(seed, BITS, part, index) for index in indices], bits)
+
+
+def bits_of_views(seed, records, indices, bits):
+    """float32 (views, N, bits) of 0 and 1 for the `records` of a Batch, (views, N): functions of the image
+    and of what was drawn for the view, so that they change from view to view and from epoch to epoch.
+    """
+    return torch.stack(
+        [
+            _lowest_bits(
+                [
+                    fold(seed, BITS, VIEWS, view, index, zlib.crc32(record.tobytes()))
+                    for index, record in zip(indices, row, strict=True)
+                ],
+                bits,
+            )
+            for view, row in enumerate(records)
+        ]
+    )
+
+
+def _lowest_bits(numbers, bits):
+    numbers = torch.tensor(numbers, dtype=torch.int64)
     return (numbers[:, None] >> torch.arange(bits)).bitwise_and(1).float()
 
 
@@ -33,15 +58,22 @@ def with_channels(images, values):
 
 @dataclass(frozen=True)
 class RandomBits:
-    """Appends the random bits of run `seed` to the views that a DeviceAugment, `augment`, gives."""
+    """Appends the random bits of run `seed` to the views that a DeviceAugment, `augment`, gives: those of the
+    image, or, as a control in which they tell nothing, others for each view.
+    """
 
     bits: int
     seed: int
     augment: Callable
+    per_view: bool = False
 
     def __call__(self, batch):
         """The views of a Batch: float32 (N, 3 + bits, H, W) each."""
         views = self.augment(batch)
-        values = bits_of(self.seed, TRAIN, batch.indices.tolist(), self.bits)
+        indices = batch.indices.tolist()
+        if self.per_view:
+            values = bits_of_views(self.seed, batch.records[:, : len(indices)], indices, self.bits)
+        else:
+            values = bits_of(self.seed, TRAIN, indices, self.bits).expand(len(views), -1, -1)
         values = to_device(values, views[0].device)
-        return [with_channels(view, values) for view in views]
+        return list(map(with_channels, views, values))

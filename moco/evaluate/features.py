@@ -144,7 +144,8 @@ def rankme(gram):
 
 
 def similarities(q, k, mean_key):
-    """The four numbers below by name. q, k: positive pairs, N x C; mean_key: the mean of the queue, (C,).
+    """The four numbers below and the length of mean_key by name. q, k: positive pairs, N x C; mean_key: the
+    mean of the queue, (C,).
 
     All of these functions take unit rows (float32 or float64, without gradient) and return a 0-dim. tensor on
     their device, without waiting for it and without an N x K product.
@@ -154,6 +155,7 @@ def similarities(q, k, mean_key):
         "neg_similarity": neg_similarity(q, mean_key),
         "alignment": alignment(q, k),
         "uniformity": uniformity(q),
+        "queue_mean": mean_key.norm(),
     }
 
 

@@ -281,8 +281,13 @@ def check_compatible(checkpoint, path, data, settings, rank):
     UserError.
     """
     before, step, data_before = (checkpoint.get(name) for name in ("settings", "step", "data"))
-    # earlier versions had no --gray-range
-    before = {"gray_range": None, "stem": None} | before if isinstance(before, dict) else {}
+    absent = {
+        "gray_range": None,
+        "stem": None,
+        "bits_per": "image",
+        "match_ifm": False,
+    }  # in earlier versions
+    before = absent | before if isinstance(before, dict) else {}
     data_before = data_before if isinstance(data_before, dict) else {}
     for name in ("moco_dim", "moco_k", "mlp", "stem"):
         if name in before and before[name] != settings[name]:

@@ -232,7 +232,7 @@ def test_a_classifier_that_starts_at_zero_is_drawn(size):
 
     model = MoCo(encoder, 8, 16)
     images = torch.randn(4, 3, 16, 16)
-    loss, _, q, k = model(images, images, weights=(1.0, 0.0))
+    loss, *_, q, k = model(images, images, weights=(1.0, 0.0))
     assert torch.allclose(q.norm(dim=1), torch.ones(4)) and torch.allclose(k.norm(dim=1), torch.ones(4))
     assert torch.allclose(model.queue.norm(dim=0), torch.ones(16))
     loss.backward()

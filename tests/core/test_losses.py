@@ -63,7 +63,7 @@ def from_logits(q, k, queue, T, method, epsilon, alpha):
 
 def one_pass(q, k, queue, T, method, epsilon, alpha):
     q = q.clone().requires_grad_()
-    loss, ranks = contrast(q, k, queue, T, losses.weights(method, alpha), 2 * epsilon / T)
+    loss, ranks, _ = contrast(q, k, queue, T, losses.weights(method, alpha), 2 * epsilon / T)
     loss.backward()
     return loss.detach(), q.grad, torch.stack(rank_accuracy(ranks))
 
@@ -141,7 +141,7 @@ def test_ranks_count_the_nearer_negatives():
     q = torch.tensor([[1.0, 0.0]])
     k = F.normalize(torch.tensor([[1.0, 1.0]]), dim=1)
     queue = F.normalize(torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.5, 1.0]]), dim=0)
-    _, rank = contrast(q, k, queue, 0.2, (1.0, 0.0))
+    _, rank, _ = contrast(q, k, queue, 0.2, (1.0, 0.0))
     assert rank.tolist() == [2]  # the key that is equal to the positive does not count
     assert [each.item() for each in rank_accuracy(rank, (1, 2, 3))] == [0, 0, 100]
 

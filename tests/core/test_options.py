@@ -29,7 +29,7 @@ PRETRAINING_DEFAULTS = (
     | {"moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "mlp": False, "aug_plus": False}
     | {"cos": False, "method": None, "epsilon": None, "alpha": None, "crops_only": False, "bn_splits": 1}
     | {"keep": 1, "save_freq": 0, "knn": 0, "tensorboard": False, "random_bits": 0, "images": None}
-    | {"pretrained": ""}
+    | {"pretrained": "", "bits_per": "image", "match_ifm": False}
 )
 LINEAR_DEFAULTS = (
     SHARED_DEFAULTS

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 # Of a line of a step, and of an epoch.
 NUMBERS = {
     *("loss", "acc1", "acc5", "lr", "seconds", "data_seconds", "images_per_s", "memory_mb", "queue_fill"),
-    *("pos_similarity", "neg_similarity", "alignment", "uniformity", "grad_norm"),
+    *("pos_similarity", "neg_similarity", "alignment", "uniformity", "grad_norm", "queue_mean"),
 }
 
 
