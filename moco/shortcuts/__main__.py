@@ -1,9 +1,10 @@
 """Random bits as a shortcut (RandBit; Chen, Luo & Li 2021, section 4): runs and their linear readouts.
 
-    python -m moco.shortcuts randbit --bits 0 4 8 --epsilon 0 0.1 --moco-t 0.2 --out runs/randbit
+    python -m moco.shortcuts randbit --bits 0 4 8 12 --moco-t 0.07 0.2 --out runs/randbit
+    python -m moco.shortcuts randbit --bits 8 --method infonce ifm match_ifm --epsilon 0.5 --out runs/randbit
 
-Every combination of bits, temperature, method, epsilon and seed is a run. A sweep can be stopped (Ctrl-C) and
-continued by the same command, also with more values.
+Every combination of bits, temperature, keys, method, epsilon and seed is a run. A sweep can be stopped
+(Ctrl-C) and continued by the same command, also with other values: results stay.
 """
 
 import itertools
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 
 from moco import options, trifeature
-from moco.data.folders import image_folder
 from moco.encoders import check_image_size
 from moco.errors import Parser, UserError, interrupt_on_signals, printable, run_program
 from moco.files import atomic_file
@@ -22,16 +22,18 @@ from moco.run.launch import Rank
 from moco.run.resources import available_cores
 from moco.run.signals import EXIT_CODE, StopRequest
 from moco.shortcuts import sweep
-from moco.shortcuts.report import figure_of, number, rows, table
+from moco.shortcuts.figure import course_figure, figure_of
+from moco.shortcuts.report import INFONCE, MATCH, limits, number, settings_of, table
 
 PROJECT = Path(__file__).resolve().parents[2]
 MOST_JOBS = 12  # by default: each keeps a core busy, also on a GPU
 RENDERS = 4  # of each of Trifeature's combinations: 3,200 images in train/
 
 # How runs train unless flags of main_moco.py say otherwise.
-DEFAULTS = "-a resnet18 --image-size 32 --epochs 12 -b 64 --lr 0.03 --moco-k 1024 --moco-m 0.99 --bn-splits 8"
-FIXED = "--mlp --cos --resize pil --device-aug off --workers 0 --cache decoded --print-freq 1000000"
-SWEPT = ("moco_t", "random_bits", "method", "epsilon", "alpha", "seed")  # settings that differ between runs
+DEFAULTS = "-a conv3 --image-size 32 --epochs 30 -b 128 --lr 0.1 --moco-m 0.99 --bn-splits 4"
+FIXED = "--mlp --cos --resize pil --device-aug off --workers 0 --cache decoded --print-freq 5"
+# settings that differ between runs
+SWEPT = ("moco_t", "moco_k", "random_bits", "bits_per", "method", "match_ifm", "epsilon", "alpha", "seed")
 
 
 def parse_args():
@@ -48,17 +50,31 @@ def parse_args():
     parser.add_argument("experiment", choices=["randbit"], help="the only one so far")
     add = parser.add_argument_group("what differs between runs (every combination is one)").add_argument
     for flag, kind, default, text in (
-        ("--bits", int, [0, 2, 4, 6, 8], "random bits of each image"),
-        ("--moco-t", float, [0.2], "temperatures"),
-        ("--epsilon", float, [0.0, 0.1], "0 is plain InfoNCE"),
-        ("--method", str, ["ifm"], "ifm, ifm_only: of epsilons above 0"),
+        ("--bits", int, [0, 2, 4, 6, 8, 10, 12], "random bits"),
+        ("--moco-t", float, [0.07, 0.1, 0.2], "temperatures"),
+        ("--moco-k", int, [1024], "numbers of keys"),
+        ("--epsilon", float, [0.1, 0.5], "of all methods but infonce"),
         ("--seeds", int, [0, 1, 2], "a run each"),
     ):
         words = " ".join(map(str, default))
         add(flag, type=kind, nargs="+", default=default, metavar="X", help=f"{text} (default: {words})")
+    add(
+        "--method",
+        nargs="+",
+        default=[INFONCE],
+        choices=[INFONCE, "ifm", "ifm_only", f"{MATCH}ifm", f"{MATCH}ifm_only"],
+        help="match_: the control, InfoNCE times the factor by which IFM would lengthen the gradient "
+        "(default: infonce)",
+    )
+    add(
+        "--bits-per",
+        nargs="+",
+        default=["image"],
+        choices=["image", "view"],
+        help="view: the control, bits that are drawn anew for each view (default: image)",
+    )
     add = parser.add_argument_group("running").add_argument
     add("--out", required=True, metavar="DIR", help="folder of the sweep, continued when it exists")
-    add("--data", metavar="DIR", help="images with train/ and val/ (default: Trifeature, drawn in OUT/data)")
     add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
     add("--jobs", type=int, metavar="N", help=f"runs in parallel (default: the cores, at most {MOST_JOBS})")
     add("--keep-checkpoints", action="store_true", help="do not remove them once they are measured")
@@ -75,17 +91,22 @@ def parse_args():
 def runs_of(args):
     """{name: what identifies the run, a dict}: the untrained encoders first, then seed by seed.
 
-    Names as untrained_bits4_seed0, T0.2_bits4_infonce_seed0, T0.2_bits4_ifm_eps0.1_seed0.
+    Names as untrained_bits4_seed0, T0.2_K1024_bits4_infonce_seed0, T0.2_K64_bits4_per_view_ifm_eps0.1_seed0.
     """
     runs = {}
     for seed, bits in itertools.product(args.seeds, args.bits):
         runs[f"untrained_bits{bits}_seed{seed}"] = {"trained": False, "seed": seed, "bits": bits}
-    values = itertools.product(args.seeds, args.bits, args.moco_t, args.epsilon, args.method)
-    for seed, bits, T, epsilon, method in values:
-        method = method if epsilon else None
-        loss = f"{method}_eps{number(epsilon)}" if method else "infonce"
-        run = {"trained": True, "seed": seed, "bits": bits, "T": T, "method": method, "epsilon": epsilon}
-        runs[f"T{number(T)}_bits{bits}_{loss}_seed{seed}"] = run
+    values = itertools.product(
+        args.seeds, args.bits, args.bits_per, args.moco_t, args.moco_k, args.method, args.epsilon
+    )
+    for seed, bits, per, T, K, method, epsilon in values:
+        if per == "view" and not bits:
+            continue
+        run = {"trained": True, "seed": seed, "bits": bits, "bits_per": per, "T": T, "K": K, "method": method}
+        run["epsilon"] = 0.0 if method == INFONCE else epsilon
+        loss = method if method == INFONCE else f"{method}_eps{number(epsilon)}"
+        place = f"bits{bits}{'_per_view' * (per == 'view')}"
+        runs[f"T{number(T)}_K{K}_{place}_{loss}_seed{seed}"] = run | limits(T, K, bits, per)
     return runs
 
 
@@ -97,8 +118,11 @@ def words_of(run, data, folder, others):
     words = [str(data), *DEFAULTS.split(), *recipe, *others, *FIXED.split()]
     own = {"random-bits": run["bits"], "seed": run["seed"]}
     if run["trained"]:
-        own |= {"moco-t": run["T"], "output-dir": folder, "resume": "auto"}
-        own |= {"method": run["method"], "epsilon": run["epsilon"]} if run["method"] else {}
+        own |= {"moco-t": run["T"], "moco-k": run["K"], "bits-per": run["bits_per"]}
+        own |= {"output-dir": folder, "resume": "auto"}
+        if run["method"] != INFONCE:
+            own |= {"method": run["method"].removeprefix(MATCH), "epsilon": run["epsilon"]}
+            words += ["--match-ifm"] * run["method"].startswith(MATCH)
     return words + [str(word) for name, value in own.items() for word in (f"--{name}", value)]
 
 
@@ -124,19 +148,22 @@ def job_of(name, run, data, out, others, epochs):
 
 
 def write_report(out, results):
-    """Write table.md and, with matplotlib, figure.png into the folder `out`. Returns what to print."""
+    """Write table.md and, with matplotlib, figure.png and course.png into the folder `out`. Returns what to
+    print.
+    """
     if not any("readout" in run for run in results):
         return "nothing to show yet"
-    text, table_path, figure_path = table(results), Path(out, "table.md"), Path(out, "figure.png")
-    with atomic_file(table_path) as temporary:
+    text, paths = table(results), [Path(out, name) for name in ("table.md", "figure.png", "course.png")]
+    with atomic_file(paths[0]) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    if not rows(results):
-        return f"{text}\n{printable(table_path)}"
+    if not settings_of(results):
+        return f"{text}\n{printable(paths[0])}"
     try:
-        save_picture(figure_of(results), figure_path)
+        for draw, path in zip((figure_of, course_figure), paths[1:], strict=True):
+            save_picture(draw(results), path)
     except UserError as error:
-        return f"{text}\n{printable(table_path)}; no figure: {error}"
-    return f"{text}\n{printable(table_path)}, {printable(figure_path)}"
+        return f"{text}\n{printable(paths[0])}; no figure: {error}"
+    return f"{text}\n{', '.join(map(printable, paths))}"
 
 
 def main():
@@ -144,18 +171,15 @@ def main():
     if not (PROJECT / "main_moco.py").is_file():
         raise UserError("this trains by main_moco.py, which is not installed with moco: start it in a clone")
     interrupt_on_signals()
-    data, runs = Path(args.data or Path(args.out, "data")), runs_of(args)
+    data, runs = Path(args.out, "data"), runs_of(args)
     # main_moco.py's own checks of every command, before anything is written
     *_, training = (options.pretraining(words_of(run, data, "runs", others)) for run in runs.values())
     check_image_size(training.arch, training.image_size, stem=training.stem)
-    if args.data:
-        image_folder(data, "train")
     shared = options.settings(training, seed=None)
     settings = {name: value for name, value in shared.items() if name not in SWEPT}
-    settings |= {"data": str(data.resolve()) if args.data else None, "device": args.device}
+    settings["device"] = args.device
     with sweep.opened(args.out, settings):
-        if not args.data:
-            trifeature.generate(data, 2 * training.image_size, RENDERS)
+        trifeature.generate(data, 2 * training.image_size, RENDERS)
         finished = {result["name"] for result in sweep.read_results(args.out)}
         unfinished = {name: run for name, run in runs.items() if name not in finished}
         jobs = [job_of(*run, data, args.out, others, training.epochs) for run in unfinished.items()]
