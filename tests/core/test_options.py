@@ -262,7 +262,15 @@ def test_notes_say_what_to_expect():
         return "\n".join(options.notes(options.pretraining(line.split()), images, groups))
 
     assert notes("", 126_689, 8).startswith("loss at chance: ln(1+K) = 11.0904\n")
-    assert ", with IFM 11.5" in notes("--method ifm --moco-t 0.2", 126_689, 8)
+    published = notes("--method ifm --moco-t 0.2", 126_689, 8)
+    assert ", with IFM 11.5" in published and ", with IFM" not in notes("--method ifm --match-ifm", 9, 8)
+    assert (
+        "\nwith K = 65536 and T = 0.2 IFM weighs an image's gradient at most 1.0011 where\n"
+        "  the queue's mean is 0: to have an effect lower --moco-t or --moco-k (README)" in published
+    )
+    strong = notes("--method ifm", 126_689, 8)
+    assert "T = 0.07 IFM weighs an image's gradient at most 9.2059 where\n  the queue's mean is 0" in strong
+    assert "lower --moco-t" not in strong and "weighs" not in notes("", 126_689, 8)
     assert "--bn-splits 8" in notes("", 126_689, 1) and "--bn-splits" not in notes("", 126_689, 8)
     assert "lower --moco-k" in notes("", 4_000, 8) and "lower --moco-k" not in notes("", 126_689, 8)
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from moco.data.experiments import HELD_OUT, TRAIN, RandomBits, bits_of, with_channels
+from moco.data.augment import VIEW
+from moco.data.experiments import HELD_OUT, TRAIN, RandomBits, bits_of, bits_of_views, with_channels
 
 
 def test_bits_are_a_function_of_seed_part_and_image():
@@ -42,3 +43,25 @@ def test_views_of_a_batch_get_the_bits_of_its_images():
     assert torch.equal(k[:, 3:], q[:, 3:]) and torch.equal(k[:, :3], views[1])
     batch.indices = batch.indices[::-1]
     assert not torch.equal(RandomBits(6, 5, lambda batch: views)(batch)[0], q)
+
+
+def test_bits_per_view_are_functions_of_the_image_and_its_view():
+    indices, records = np.arange(500), np.zeros((2, 500), VIEW)
+    batch, images = SimpleNamespace(indices=indices, records=records), torch.zeros(500, 3, 1, 1)
+    views = RandomBits(20, 5, lambda batch: [images, images], per_view=True)(batch)
+    q, k = (view[:, 3:, 0, 0] for view in views)
+    assert set(q.unique().tolist()) == {0, 1} and torch.equal(
+        torch.stack([q, k]), bits_of_views(5, records, indices, 20)
+    )
+    assert torch.equal(bits_of_views(5, records[:, 7:9], indices[7:9], 20)[0], q[7:9])  # in any batch
+    records = records.copy()
+    records["top"][0] = 1  # as in another epoch
+    other = bits_of_views(5, records, indices, 20)
+    assert torch.equal(other[1], k)
+    for bits in (
+        k,
+        other[0],
+        bits_of(5, TRAIN, indices, 20),
+        bits_of_views(6, batch.records, indices, 20)[0],
+    ):
+        assert abs(float((bits == q).float().mean()) - 0.5) < 0.02  # as two that are independent

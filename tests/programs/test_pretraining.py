@@ -264,3 +264,21 @@ def test_weights_without_a_gradient_are_left_out_of_its_norm(folders, tmp_path, 
         assert code == 0, errors
         norms.append(lines_of(tmp_path / name)[1]["grad_norm"])
     assert 0 < norms[1] < norms[0]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_control_of_ifm_takes_steps_of_its_length_along_info_nce(folders, tmp_path, world):
+    ifm = "--method", "ifm", "--epsilon", "0.5"
+    runs = {"plain": (), "ifm": ifm, "control": (*ifm, "--match-ifm")}
+    words = [word for word in TINY if word not in ("--method", "ifm")]
+    entries = {}
+    for name, flags in runs.items():
+        run(*words, "-p", "1", *flags, "--output-dir", tmp_path / name, folders, world=world)
+        entries[name] = [line for line in lines_of(tmp_path / name) if line["kind"] == "step"]
+    plain, with_ifm, control = (each[0] for each in entries.values())
+    assert "ifm_factor" not in plain and with_ifm["ifm_factor"] == control["ifm_factor"] > 1.001
+    assert control["loss"] == plain["loss"] != with_ifm["loss"]
+    if world == 1:
+        longer = control["grad_norm"] / plain["grad_norm"]
+        assert longer == pytest.approx(control["ifm_factor"], rel=1e-5)
+    assert entries["control"][3]["loss"] != entries["plain"][3]["loss"]  # and they are taken
