@@ -8,55 +8,61 @@ import torch
 from moco import options
 from moco.shortcuts import __main__ as shortcuts
 from moco.shortcuts.sweep import Job, read_results
+from moco.trifeature import FACTORS
 
-SMALL = (
-    "-a shufflenet_v2_x0_5 --image-size 16 --epochs 1 -b 8 --moco-k 16 --bn-splits 2 --device cpu --jobs 2"
-)
-LISTS = ["--bits", "2", "--epsilon", "0.1", "--seeds", "5"]
+SMALL = "--image-size 16 --epochs 1 --bn-splits 2 --device cpu --jobs 2"
+LISTS = ["--bits", "2", "--moco-t", "0.1", "--epsilon", "0.5", "--seeds", "5"]
 
 
 @pytest.fixture
-def sweep(folders, tmp_path, cli):
-    """`sweep(*words)`: (exit code, output, errors) of a small sweep on `folders` in tmp_path/sweep."""
-
-    def run(*words):
-        place = ["--data", folders, "--out", tmp_path / "sweep"]
-        return cli(shortcuts.main, "randbit", *SMALL.split(), *place, *words)
-
-    return run
+def sweep(tmp_path, cli):
+    """`sweep(*words)`: (exit code, output, errors) of a small sweep in tmp_path/sweep."""
+    return lambda *words: cli(shortcuts.main, "randbit", *SMALL.split(), "--out", tmp_path / "sweep", *words)
 
 
 @pytest.mark.slow
-def test_a_small_sweep_from_its_command_to_its_figure(folders, tmp_path, sweep):
-    out = tmp_path / "sweep"
-    code, output, errors = sweep(*LISTS)
+def test_a_small_sweep_from_its_command_to_its_figures(tmp_path, sweep):
+    out, methods = tmp_path / "sweep", ["--method", "infonce", "ifm", "match_ifm"]
+    code, output, errors = sweep(*LISTS, *methods)
     assert (code, errors) == (0, ""), output
-    assert output.startswith("2 runs (0 finished), 2 in parallel on cpu\n")
+    assert output.startswith("4 runs (0 finished), 2 in parallel on cpu\n")
     results = {result["name"]: result for result in read_results(out)}
-    assert set(results) == {"untrained_bits2_seed5", "T0.2_bits2_ifm_eps0.1_seed5"}
+    place = "T0.1_K1024_bits2"
+    ends = ["infonce", "ifm_eps0.5", "match_ifm_eps0.5"]
+    assert set(results) == {"untrained_bits2_seed5", *(f"{place}_{end}_seed5" for end in ends)}
     for result in results.values():
         assert (result["seed"], result["bits"]) == (5, 2)
         assert result["versions"]["torch"] == torch.__version__ and result["device"] == "cpu"
-        readouts = [result[reading]["class"] for reading in ("readout", "readout_shared_bits")]
-        assert all(round(one["accuracy"] * 9 / 100, 6) in range(10) for one in readouts)  # of 9 images
-    trained = results["T0.2_bits2_ifm_eps0.1_seed5"]
-    assert [trained[name] for name in ("T", "method", "epsilon")] == [0.2, "ifm", 0.1]
+        assert list(result["readout"]) == ["own", "shared", "redrawn"]
+        assert all(each["converged"] for factors in result["readout"].values() for each in factors.values())
+    plain, trained, control = (results[f"{place}_{end}_seed5"] for end in ends)
+    assert [trained[name] for name in ("T", "K", "bits_per", "method", "epsilon")] == [
+        0.1,
+        1024,
+        "image",
+        "ifm",
+        0.5,
+    ]
+    assert trained["left"] == pytest.approx(trained["L_shortcut"] - trained["L_all"]) and trained["left"] > 5
+    assert trained["loss"]["mismatched"] > trained["loss"]["matched"] + 1 and plain["ifm_weight"] is None
+    assert 1 < trained["ifm_weight"] != control["ifm_weight"] and "ifm_factor" not in plain["course"]
     log = (out / "runs" / trained["name"] / "log.jsonl").read_text().splitlines()
-    assert trained["losses"]["training"] == json.loads(log[-1])["loss"]
+    assert trained["loss"]["training"] == pytest.approx(json.loads(log[-1])["loss"], rel=1e-4)
 
-    start, program, *command = trained["command"]  # one can give it oneself
+    start, program, *command = control["command"]  # one can give it oneself
     args = options.pretraining(command)
-    assert (start, program, args.folder, args.seed) == ("python", "main_moco.py", str(folders), 5)
-    assert (args.epsilon, args.alpha, args.method, args.random_bits) == (0.1, 1.0, "ifm", 2)
-    assert args.mlp and args.cos and args.output_dir == str(out / "runs" / trained["name"])
+    assert (start, program, args.folder, args.seed) == ("python", "main_moco.py", str(out / "data"), 5)
+    assert (args.epsilon, args.alpha, args.method, args.match_ifm) == (0.5, 1.0, "ifm", True)
+    assert (args.random_bits, args.moco_k, args.moco_t) == (2, 1024, 0.1)
     table = (out / "table.md").read_text()
-    assert f"| 0.2 | 2 | ifm | 0.1 | 1 | {trained['losses']['training']:.3f} |" in table and table in output
-    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert table in output and "| 0.1 | 1024 | 2 | ifm | 0.5 | 1 | its control |" in table
+    for name in ("figure.png", "course.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.pth.tar")) and not list(out.rglob("*.tmp"))
 
     before = (out / "results.jsonl").read_bytes()
-    code, again, _ = sweep(*LISTS)
-    assert code == 0 and again.startswith("2 runs (2 finished)") and table in again
+    code, again, _ = sweep(*LISTS, *methods)
+    assert code == 0 and again.startswith("4 runs (4 finished)") and table in again
     code, _, errors = sweep(*LISTS, "--epochs", "2")
     assert code == 2 and "holds a sweep with epochs 1, not 2" in errors and errors.count("\n") == 1
     assert (out / "results.jsonl").read_bytes() == before
@@ -71,12 +77,14 @@ def line_for_runs(monkeypatch):
     measure something.
     """
     real = shortcuts.job_of
+    monkeypatch.setattr(shortcuts.trifeature, "generate", lambda *_: None)  # nobody looks at the images
 
     def set_lines(lines):
         def job(*arguments):
             made = real(*arguments)
-            readout = {"class": {"accuracy": 50.0, "chance": 10.0, "converged": True}}
-            found = json.dumps({"readout": readout, "losses": {"training": 2.0}})
+            readout = {"own": {factor: {"accuracy": 50.0, "converged": True} for factor in FACTORS}}
+            loss = {"training": 2.0, "matched": 2.0, "mismatched": 4.0}
+            found = json.dumps({"readout": readout, "loss": loss, "course": {"loss": [2.0]}})
             measured = f"open({str(made.folder / 'measured.json')!r}, 'w').write({found!r})"
             line = next((line for word, line in lines.items() if word in made.name), MEASURED)
             return Job(made.run, made.folder, [["-c", line.replace(MEASURED, measured)]])
@@ -87,8 +95,8 @@ def line_for_runs(monkeypatch):
 
 
 def test_how_a_sweep_ends(tmp_path, sweep, line_for_runs):
-    words, out = ["--bits", "0", "--seeds", "0", "1"], tmp_path / "sweep"
-    line_for_runs({"infonce_seed1": "raise RuntimeError('no such luck')"})
+    words, out = ["--bits", "0", "--moco-t", "0.07", "0.1", "--seeds", "0", "1"], tmp_path / "sweep"
+    line_for_runs({"T0.1_K1024_bits0_infonce_seed1": "raise RuntimeError('no such luck')"})
     code, output, _ = sweep(*words)
     assert code == 1 and output.endswith("runs that failed: 1; the same command tries them again\n")
     assert len(read_results(out)) == 5
@@ -106,33 +114,36 @@ def test_how_a_sweep_ends(tmp_path, sweep, line_for_runs):
 
 def test_runs_are_every_combination_named_by_all_digits(tmp_path, sweep, line_for_runs):
     line_for_runs({})
-    words = ["--bits", "0", "--seeds", "0", "--moco-t", "0.2", ".20", "--method", "ifm", "ifm_only"]
-    code, output, _ = sweep(*words, "--epsilon", "-0.0", "0", "1e-7", "0.12345678")
+    words = ["--bits", "0", "3", "--seeds", "0", "--moco-t", "0.2", ".20", "--bits-per", "image", "view"]
+    words += ["--moco-k", "64", "--method", "infonce", "ifm_only", "match_ifm_only"]
+    code, output, _ = sweep(*words, "--epsilon", "1e-7", "0.12345678")
     results = {result["name"]: result for result in read_results(tmp_path / "sweep")}
-    losses = ["infonce"] + [f"{m}_eps{e}" for m in ("ifm", "ifm_only") for e in ("1e-07", "0.12345678")]
-    assert set(results) == {"untrained_bits0_seed0", *(f"T0.2_bits0_{loss}_seed0" for loss in losses)}
-    assert code == 0 and output.startswith("6 runs")
-    assert all(("--method" in run["command"]) == bool(run.get("method")) for run in results.values())
-
-
-def test_the_views_are_crops_unless_others_are_asked_for(folders):
-    run = {"trained": True, "seed": 0, "bits": 0, "T": 0.2, "method": None, "epsilon": 0}
-    for others, crops in (([], True), (["--aug-plus"], False)):
-        args = options.pretraining(shortcuts.words_of(run, folders, "out", others))
-        assert (args.crops_only, args.aug_plus) == (crops, not crops)
+    losses = [f"{m}_eps{e}" for m in ("ifm_only", "match_ifm_only") for e in ("1e-07", "0.12345678")]
+    places = [
+        f"T0.2_K64_{bits}_{loss}"
+        for bits in ("bits0", "bits3", "bits3_per_view")
+        for loss in ["infonce", *losses]
+    ]
+    assert set(results) == {f"{place}_seed0" for place in ["untrained_bits0", "untrained_bits3", *places]}
+    assert code == 0 and output.startswith("17 runs")
+    for name, result in results.items():
+        args = options.pretraining(result["command"][2:]) if result["trained"] else None
+        assert args is None or args.method == ("ifm_only" if "ifm" in name else None)
+        assert args is None or args.match_ifm == ("match" in name) and args.crops_only
+        assert args is None or args.bits_per == ("view" if "view" in name else "image")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epsilon", "0.1", "-0.1"], "--epsilon: must be at least 0"),
+        (["--method", "ifm", "--epsilon", "0.1", "-0.1"], "--epsilon: must be at least 0"),
         (["--seeds", "-1"], "--seed: must be"),
         (["--method", "simclr"], "--method: invalid choice: 'simclr'"),
+        (["--bits-per", "batch"], "--bits-per: invalid choice: 'batch'"),
         (["--bits"], "argument --bits: expected at least one argument"),
         (["--bits", "64"], "--random-bits: must be between 0 and 63, not 64"),
         (["--epsilom", "0.1"], "--epsilom"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--data", "nowhere"], "there is no folder nowhere"),
         (["--image-size", "4"], "--image-size"),
         (["-a", "resnet19"], "torchvision has no classification model 'resnet19'"),
     ],

@@ -1,64 +1,97 @@
-"""The table and the figure of a sweep: SciPy's intervals of the right runs, and none of what diverged."""
+"""The limits of losses, the table and the figures: SciPy's intervals of the right runs, and no other runs."""
 
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from moco.shortcuts.report import READINGS, cell, figure_of, interval, number, rows, table
+from moco.losses import chance
+from moco.shortcuts.__main__ import runs_of
+from moco.shortcuts.figure import course_figure, figure_of
+from moco.shortcuts.report import cell, interval, limits, number, settings_of, table
+from moco.trifeature import FACTORS
 
-SEEDS, TEMPERATURES, BITS = (0, 1, 2), (0.07, 0.2), (0, 4)
-LOSSES = ((None, 0), ("ifm", 0.1), ("ifm_only", 0.1))
-FACTORS = ("shape", "texture", "color")
+GRID = {
+    "seeds": (0, 1, 2),
+    "bits": (0, 4),
+    "bits_per": ["image", "view"],
+    "moco_t": (0.07, 0.2),
+    "moco_k": (64, 1024),
+    "method": ["infonce", "ifm", "match_ifm"],
+    "epsilon": [0.5],
+}
+READINGS = ("own", "shared", "redrawn")
 
 
 @pytest.fixture
 def results():
     """Results of a sweep as moco.shortcuts records them, of random numbers, in any order."""
     rng = random.Random(0)
-
-    def measured(bits):
-        readings = READINGS if bits else ("readout",)
-        return {r: {f: {"accuracy": rng.uniform(20, 90), "chance": 10.0} for f in FACTORS} for r in readings}
-
-    found = [
-        {"name": f"untrained_{s}_{b}", "trained": False, "seed": s, "bits": b, **measured(b)}
-        for s, b in itertools.product(SEEDS, BITS)
-    ]
-    for s, b, T, (method, epsilon) in itertools.product(SEEDS, BITS, TEMPERATURES, LOSSES):
-        run = {"trained": True, "seed": s, "bits": b, "T": T, "method": method, "epsilon": epsilon}
-        losses = {"training": rng.uniform(1, 3)}
-        found.append({"name": f"{s}_{b}_{T}_{method}", **run, **measured(b), "losses": losses})
+    found = []
+    for name, run in runs_of(SimpleNamespace(**GRID)).items():
+        readings = READINGS if run["bits"] else READINGS[:1]
+        accuracies = {r: {f: {"accuracy": rng.uniform(20, 90)} for f in FACTORS} for r in readings}
+        measured = {"name": name, "readout": accuracies}
+        if run["trained"]:
+            matched = rng.uniform(1, 3)
+            mismatched = matched + (1.5 if run["bits_per"] == "image" else 0.0) if run["bits"] else None
+            measured["loss"] = {"training": 2.0, "matched": matched, "mismatched": mismatched}
+            measured["course"] = {"loss": [3.0, rng.uniform(2, 3)], "queue_mean": [0.1, 0.2]}
+            if run["method"] != "infonce":
+                measured["course"]["ifm_factor"] = [1.0, rng.uniform(1.1, 1.3)]
+        found.append(run | measured)
     rng.shuffle(found)
     return found
+
+
+def chosen(results, **place):
+    """The runs in a place, by seed."""
+    mine = [run for run in results if place.items() <= run.items()]
+    return sorted(mine, key=lambda run: run["seed"])
+
+
+def percents(runs, reading, factor):
+    return np.array([run["readout"].get(reading, run["readout"]["own"])[factor]["accuracy"] for run in runs])
 
 
 def half(values):
     return stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
 
 
-def score(results, reading, factor, **place):
-    """Of the runs in a place, by seed."""
-    mine = [r for r in results if all(r.get(name) == value for name, value in place.items())]
-    mine = sorted(mine, key=lambda run: run["seed"])
-    return np.array([r.get(reading, r["readout"])[factor]["accuracy"] for r in mine])
-
-
 def sections(text):
-    """{(reading, "values" or "differences"): {setting: cells}} of the tables."""
-    found, reading, what = {}, None, None
+    """[{setting: cells}] of the tables: for each reading values, then differences."""
+    found = []
     for line in text.splitlines():
-        if line.startswith(("Read with", "The same")):
-            reading, what = ("own" if line.startswith("Read") else "shared"), "values"
-        elif line.startswith("Difference"):
-            what = "differences"
-        elif line.startswith("| ") and not line.startswith(("| T |", "| --- |")):
-            cells = [cell.strip() for cell in line.split("|")[1:-1]]
-            found.setdefault((reading, what), {})[tuple(cells[:4])] = cells[4:]
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells[:1] == ["T"]:
+            found.append({})
+        elif cells and cells[0] != "---":
+            count = 5 if len(found) % 2 else 7
+            found[-1][tuple(cells[:count])] = cells[count:]
     return found
+
+
+def test_the_limits_are_losses_of_features_that_hold_so_much():
+    for T, K in itertools.product((0.07, 0.2), (64, 1024)):
+        for bits in (0, 3, 10):
+            found = limits(T, K, bits)
+            same = K / 2**bits  # negatives whose cosine is 1, too
+            literal = -math.log(math.exp(1 / T) / (math.exp(1 / T) * (1 + same) + (K - same)))
+            assert found["L_shortcut"] == pytest.approx(literal)
+            assert found["L_all"] == pytest.approx(-math.log(math.exp(1 / T) / (math.exp(1 / T) + K)))
+            assert found["left"] == pytest.approx(found["L_shortcut"] - found["L_all"])
+        assert limits(T, K, 0)["L_shortcut"] == limits(T, K, 9, "view")["L_shortcut"] == chance(K)
+    assert [round(limits(0.2, 1024, bits)["left"], 1) for bits in (0, 2, 4, 6, 10)] == [
+        4.9,
+        3.5,
+        2.2,
+        1.1,
+        0.1,
+    ]
 
 
 def test_an_interval_is_scipys():
@@ -70,67 +103,109 @@ def test_an_interval_is_scipys():
     assert 1 < interval(many)[1] / half(many) < 1.03  # beyond the table a little too wide
     assert math.isnan(interval([2.0])[1])
     assert (cell([1, 2]), cell([1.0], 2, "+"), cell([])) == ("1.5 ± 6.4", "+1.00", "")
-    assert [number(v) for v in (0, 0.1, 1e-7, 4, "all")] == ["0", "0.1", "1e-07", "4", "all"]
+    assert [number(v) for v in (0, 0.1, 1e-7, 4)] == ["0", "0.1", "1e-07", "4"]
 
 
 def test_every_cell_of_the_table_is_of_its_runs(results):
     found = sections(table(results))
-    assert len(found) == 4
-    for name, reading in zip(("own", "shared"), READINGS, strict=True):
-        values, differences = found[name, "values"], found[name, "differences"]
-        assert values["chance", "", "", ""] == ["", "", "10.0", "10.0", "10.0"]
-        assert len(values) == 1 + 2 + 12 and len(differences) == 12
-        for bits in BITS:
-            start = {f: score(results, reading, f, trained=False, bits=bits) for f in FACTORS}
-            assert values["untrained", str(bits), "", ""] == ["3", "", *map(cell, start.values())]
-            for T, (method, epsilon) in itertools.product(TEMPERATURES, LOSSES):
-                of = {"trained": True, "bits": bits, "T": T}
-                key = str(T), str(bits), method or "", str(epsilon)
-                plain = {f: score(results, reading, f, **of, epsilon=0) for f in FACTORS}
-                mine = {f: score(results, reading, f, **of, method=method) for f in FACTORS}
-                changes = [mine[f] - (plain if method else start)[f] for f in FACTORS]
-                assert values[key][2:] == [cell(mine[f]) for f in FACTORS]
-                assert differences[key] == ["3", *(cell(change, sign="+") for change in changes)]
-    plain = [r for r in results if r.get("T") == 0.2 and not r["bits"] and not r["epsilon"]]
-    nats = found["own", "values"]["0.2", "0", "", "0"][1]
-    assert nats == cell([r["losses"]["training"] for r in plain], 3)
+    assert len(found) == 2 * len(READINGS)
+    for reading, values, changes in zip(READINGS, found[::2], found[1::2], strict=True):
+        assert len(values) == 2 + 3 * 3 * 4 and len(changes) == 3 * 3 * 4
+        for bits in (0, 4):
+            start = chosen(results, trained=False, bits=bits)
+            cells = [cell(percents(start, reading, factor)) for factor in FACTORS]
+            assert values["", "", str(bits), "untrained", ""] == ["3", "", "", "", *cells]
+        for T, K, per in itertools.product((0.07, 0.2), (64, 1024), ("image", "view")):
+            place = {"T": T, "K": K, "bits": 4, "bits_per": per}
+            words = str(T), str(K), "4 per view" if per == "view" else "4"
+            runs = {method: chosen(results, **place, method=method) for method in GRID["method"]}
+            for method, mine in runs.items():
+                epsilon = "0" if method == "infonce" else "0.5"
+                left, loss, factor = values[(*words, method, epsilon)][1:4]
+                assert left == f"{limits(T, K, 4, per)['left']:.2f}"
+                assert loss == cell([run["loss"]["matched"] for run in mine], 3)
+                factors = [run["course"].get("ifm_factor", [1.0])[-1] for run in mine]
+                assert factor == cell(factors, 3)
+                cells = [cell(percents(mine, reading, factor)) for factor in FACTORS]
+                assert values[(*words, method, epsilon)][4:] == cells
+            pairs = {("ifm", "InfoNCE"): "infonce", ("ifm", "its control"): "match_ifm"}
+            pairs["match_ifm", "InfoNCE"] = "infonce"
+            for (method, less), base in pairs.items():
+                one, two = runs[method], runs[base]
+                columns = [percents(one, reading, f) - percents(two, reading, f) for f in FACTORS]
+                expected = [cell(column, sign="+") for column in columns]
+                assert changes[(*words, method, "0.5", "3", less)] == expected
 
 
-def test_what_diverged_is_named_and_counts_nowhere(results):
-    for run in results:
-        if run["trained"] and run["seed"] == 1 and run["method"] == "ifm" and run["T"] == 0.2:
-            for name in (*READINGS, "losses"):
-                run.pop(name, None)
-            run["diverged"] = True
+def test_what_diverged_or_did_not_learn_is_named_and_counts_nowhere(results):
+    place = {"seed": 1, "method": "ifm", "T": 0.2, "K": 64, "bits_per": "image"}
+    (diverged,) = chosen(results, **place, bits=0)
+    (unlearned,) = chosen(results, **place, bits=4)
+    for name in ("readout", "loss", "course"):
+        del diverged[name]
+    diverged["diverged"] = True
+    unlearned["loss"]["mismatched"] = unlearned["loss"]["matched"] + 0.99
     text = table(results)
-    for what in ("values", "differences"):
-        counts = sections(text)["own", what]
-        assert counts["0.2", "4", "ifm", "0.1"][0] == "2" and counts["0.2", "4", "", "0"][0] == "3"
-    last = text.splitlines()[-1].removeprefix("Diverged and left out: ")
-    assert set(last.split(", ")) == {"1_0_0.2_ifm", "1_4_0.2_ifm"}
+    values, changes = sections(text)[:2]
+    for bits in ("0", "4"):
+        assert (
+            values["0.2", "64", bits, "ifm", "0.5"][0] == "2" != values["0.2", "64", bits, "infonce", "0"][0]
+        )
+        assert ("0.2", "64", bits, "ifm", "0.5", "2", "InfoNCE") in changes
+    assert f"Diverged and left out: {diverged['name']}\n" in text
+    assert text.endswith(f"not learned (less than 1 nat): {unlearned['name']}\n")
+    figure_of(results), course_figure(results)
 
 
 def test_a_sweep_that_has_just_begun_has_a_table(results):
     start = [run for run in results if not run["trained"]][:1]
-    assert "| untrained |" in table(start) and "Difference" not in table(start) and rows(start) == {}
+    assert "| untrained |" in table(start) and "Differences" not in table(start) and settings_of(start) == {}
+
+
+def lines(axis):
+    """{label: [(x, y, half of the bar)]} of what `errorbar` drew; without labels numbered."""
+    found = {}
+    for number_, container in enumerate(axis.containers):
+        line, _, (bars,) = container
+        halves = [(low_high[1, 1] - low_high[0, 1]) / 2 for low_high in bars.get_segments()]
+        label = container.get_label()
+        found[number_ if label.startswith("_") else label] = list(zip(*line.get_data(), halves, strict=True))
+    return found
 
 
 def test_the_figure_shows_every_mean_and_interval(results):
     pytest.importorskip("matplotlib")
     figure = figure_of(results)
-    assert len(figure.axes) == 2 * 2 * 3
-    (axis,) = (a for a in figure.axes if a.get_title(loc="left") == "texture, shared bits, T 0.07")
-    lines = {container.get_label(): container for container in axis.containers}
-    methods = {"InfoNCE": None, "ifm, epsilon 0.1": "ifm", "ifm_only, epsilon 0.1": "ifm_only"}
-    assert set(lines) == {"untrained", *methods}
-    for label, method in methods.items():
-        line, _, (bars,) = lines[label]
-        for place, bits in enumerate(BITS):
-            of = {"trained": True, "bits": bits, "T": 0.07, "method": method}
-            values = score(results, "readout_shared_bits", "texture", **of)
-            low, high = bars.get_segments()[place][:, 1]
-            assert line.get_ydata()[place] == pytest.approx(np.mean(values))
-            assert (high - low) / 2 == pytest.approx(half(values), rel=1e-4)
-            assert abs(line.get_xdata()[place] - bits) < 0.2
-    single = [run for run in results if run["seed"] == 0 and run["bits"] == 0]
-    assert len(figure_of(single).axes) == 2 * 3  # one reading
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == [f"{f}, read in %" for f in FACTORS] + [f"{f}, change in points" for f in FACTORS]
+    curves = lines(figure.axes[1])
+    names = {
+        ("image", 1024): "T 0.07",
+        ("image", 64): "T 0.07, K 64",
+        ("view", 64): "T 0.07, K 64, bits per view",
+    }
+    for (per, K), name in names.items():
+        expected = []
+        for bits in (4, 0) if per == "image" else (4,):
+            mine = chosen(results, T=0.07, K=K, bits=bits, bits_per=per, method="infonce")
+            values = percents(mine, "own", "texture")
+            expected.append((limits(0.07, K, bits, per)["left"], np.mean(values), half(values)))
+        assert [pytest.approx(point, rel=1e-4) for point in expected] == curves[name]
+    effects = {tuple(np.round(point, 6)) for each in lines(figure.axes[5]).values() for point in each}
+    for setting in itertools.product((0.07, 0.2), (64, 1024), (0, 4), ("ifm", "match_ifm")):
+        place = dict(zip(("T", "K", "bits", "method"), setting, strict=True)) | {"bits_per": "image"}
+        one, two = chosen(results, **place), chosen(results, **(place | {"method": "infonce"}))
+        change = percents(one, "own", "color") - percents(two, "own", "color")
+        at = np.mean([run["course"]["ifm_factor"][-1] for run in one])
+        assert any(point == pytest.approx((at, np.mean(change), half(change)), rel=1e-3) for point in effects)
+    plain = [run for run in results if run.get("method") in (None, "infonce")]
+    assert len(figure_of(plain).axes) == len(FACTORS)  # no effects to show
+
+
+def test_the_course_of_every_run_is_shown(results):
+    pytest.importorskip("matplotlib")
+    loss, factor, mean = course_figure(results).axes
+    trained = [run for run in results if run["trained"]]
+    shown = {tuple(line.get_ydata()) for line in loss.lines}
+    assert shown == {tuple(run["course"]["loss"]) for run in trained} and len(mean.lines) == len(trained)
+    assert sum(len(line.get_ydata()) > 0 for line in factor.lines) == len(chosen(trained, epsilon=0.5))
