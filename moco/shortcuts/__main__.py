@@ -52,7 +52,7 @@ def parse_args():
     for flag, kind, default, text in (
         ("--bits", int, [0, 2, 4, 6, 8, 10, 12], "random bits"),
         ("--moco-t", float, [0.07, 0.1, 0.2], "temperatures"),
-        ("--moco-k", int, [1024], "numbers of keys"),
+        ("--moco-k", int, [1024], "sizes of the queue"),
         ("--epsilon", float, [0.1, 0.5], "of all methods but infonce"),
         ("--seeds", int, [0, 1, 2], "a run each"),
     ):
@@ -63,15 +63,17 @@ def parse_args():
         nargs="+",
         default=[INFONCE],
         choices=[INFONCE, "ifm", "ifm_only", f"{MATCH}ifm", f"{MATCH}ifm_only"],
-        help="match_: the control, InfoNCE times the factor by which IFM would lengthen the gradient "
-        "(default: infonce)",
+        metavar="X",
+        help="infonce, ifm, ifm_only, and the controls match_ifm and match_ifm_only: InfoNCE times the factor "
+        "by which IFM would lengthen the gradient (default: infonce)",
     )
     add(
         "--bits-per",
         nargs="+",
         default=["image"],
         choices=["image", "view"],
-        help="view: the control, bits that are drawn anew for each view (default: image)",
+        metavar="X",
+        help="image, or the control view: drawn anew for each view (default: image)",
     )
     add = parser.add_argument_group("running").add_argument
     add("--out", required=True, metavar="DIR", help="folder of the sweep, continued when it exists")

@@ -2,13 +2,11 @@
 
 import linear_runs
 import pytest
-from command_lines import SMALL, TINY
+from command_lines import TINY
 from odd_images import CT, encoded, photograph
 from run_files import content
 from sheets import draw_sheet, pictures
 from started_runs import run
-
-from moco.shortcuts import measure
 
 
 @pytest.fixture
@@ -81,11 +79,6 @@ def test_floats_are_refused_without_a_range_and_read_with_it(slices, tmp_path, r
         assert codes == [0] and "best Acc@1 " in said and "warning: float" not in said
 
     checkpoint = out / "checkpoint_0001.pth.tar"
-    measured = ["out.json", folder, *SMALL, "-a", "tiny", "--moco-dim", "8", "--mlp"]
-    measured[0] = tmp_path / measured[0]
-    assert cli(measure.main, *measured)[0] == 2
-    assert cli(measure.main, *measured, *with_range)[0] == 0
-
     few = ["--count", "2", "--image-size", "16"]
     shown = pictures(draw_sheet(cli, monkeypatch, "pairs", folder, *few, *with_range))
     assert len(shown) == 6 and shown[0].max() == 255 and shown[0].min() == 0
