@@ -64,7 +64,7 @@ def parse_args():
         default=[INFONCE],
         choices=[INFONCE, "ifm", "ifm_only", f"{MATCH}ifm", f"{MATCH}ifm_only"],
         metavar="X",
-        help="infonce, ifm, ifm_only, and the controls match_ifm and match_ifm_only: InfoNCE times the factor "
+        help="infonce, ifm, ifm_only, and the controls match_ifm, match_ifm_only: InfoNCE times the factor "
         "by which IFM would lengthen the gradient (default: infonce)",
     )
     add(
