@@ -48,6 +48,8 @@ def photometric(pixels, view, gray_first):
     pixels: uint8 3 x H x W with any strides; so is the result. gray_first: MoCo v1's order
     (moco.data.augment.Recipe).
     """
+    if not (view["gray"] or view["jitter"] or view["sigma"] > 0):
+        return pixels.flip(2) if view["flip"] else pixels
     image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
     if view["gray"] and gray_first:
         image = functional.rgb_to_grayscale(image, num_output_channels=3)
