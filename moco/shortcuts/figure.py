@@ -26,6 +26,7 @@ COURSE = {
 }
 COLORS, MARKERS = (BLUE, ORANGE, RED, GREEN, PURPLE, SKY), "os^Dv*"
 CHANCE = 10  # percent
+TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)  # of factors
 
 # Published accuracies, in percent, of the digit in MNIST's images with so many random bits, by T (Chen, Luo &
 # Li 2021, in the authors' notebook randbits_mnist.ipynb): SimCLR with batches of 1000, so 1998 negatives.
@@ -39,8 +40,9 @@ PUBLISHED = {
 
 def figure_of(results):
     """matplotlib's Figure, a column for each of Trifeature's factors, of at least one trained run. Above:
-    what is read with own bits after InfoNCE against the nats that only the picture can give; below, if there
-    are such runs: by how much IFM and its control change it against IFM's factor on the gradient.
+    what is read with own bits after InfoNCE against the nats that only the picture can give, dashed with the
+    bits of one image for all; below, if there are such runs: by how much IFM and its control change the
+    former against IFM's factor on the gradient.
     """
     found, start = settings_of(results), untrained(results)
     colors, changed = _colors(found), any(setting.method != INFONCE for setting in found)
@@ -68,21 +70,24 @@ def _draw_suppression(axis, found, start, factor, colors):
     curves = {}
     for setting, runs in found.items():
         if setting.method == INFONCE:
-            before = accuracies(start.get(setting.bits, {}), "own", factor).values()
-            after = accuracies(runs, "own", factor).values()
-            point = next(iter(runs.values()))["left"], *interval(list(after)), interval(list(before))[0]
+            own, shared = (list(accuracies(runs, each, factor).values()) for each in ("own", "shared"))
+            before = list(accuracies(start.get(setting.bits, {}), "own", factor).values())
+            left = next(iter(runs.values()))["left"]
+            point = left, *interval(own), interval(shared)[0], interval(before)[0]
             curves.setdefault((setting.T, setting.K, setting.bits_per), []).append(point)
     sizes = sorted({K for _, K, _ in curves}, key=lambda K: (K != 1024, K))
     for (T, K, per), points in curves.items():
-        left, means, halves, before = zip(*sorted(points), strict=True)
+        left, means, halves, shared, before = zip(*sorted(points), strict=True)
         look = {"color": colors[T], "marker": MARKERS[sizes.index(K) % len(MARKERS)], "markersize": 4}
         look |= {"markerfacecolor": "white", "linestyle": ""} if per == "view" else {"linewidth": 1}
         label = f"T {number(T)}" + f", K {K}" * (K != 1024) + ", bits per view" * (per == "view")
         axis.errorbar(left, means, yerr=_bars(halves), capsize=2, label=label, **look)
         if K == 1024 and per == "image":
+            axis.plot(left, shared, color=colors[T], linewidth=0.8, linestyle="--")
             axis.plot(left, before, color=colors[T], linewidth=0.8, linestyle=":")
-    axis.plot([], [], color=GRAY, linewidth=0.8, linestyle=":", label="untrained")
-    axis.axhline(CHANCE, color=GRAY, linewidth=0.8, linestyle="--", label="chance")
+    for label, dashes in (("one image's bits for all", "--"), ("untrained", ":")):
+        axis.plot([], [], color=GRAY, linewidth=0.8, linestyle=dashes, label=label)
+    axis.axhline(CHANCE, color=BLACK, linewidth=0.5, label="chance")
     if factor == "shape":
         for T, percents in PUBLISHED.items():
             left = [limits(T, PUBLISHED_K, bits)["left"] for bits in PUBLISHED_BITS]
@@ -108,6 +113,10 @@ def _draw_effects(axis, found, factor, colors):
         axis.plot([], [], linestyle="", marker=marker, color=GRAY, markerfacecolor=face, label=name)
     axis.axhline(0, color=BLACK, linewidth=0.8)
     axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.minorticks_off()
+    axis.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
+    axis.xaxis.set_major_formatter("{x:g}")
 
 
 def course_figure(results):
