@@ -216,11 +216,12 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
         torch.manual_seed(seeds.fold(seed, seeds.STEP, epoch, step, rank.rank))  # for dropout
         order = seeds.shuffle_order(seed, epoch, step, len(im_q) * rank.world_size)  # for shuffling BatchNorm
         with options.autocast(args, rank.device):
-            loss, ranks, each, q, k = ddp(im_q, im_k, weights=weights, order=order)
+            loss, ranks, image_losses, q, k = ddp(im_q, im_k, weights=weights, order=order)
 
         optimizer.zero_grad()
-        if args.match_ifm:  # the step of plain InfoNCE becomes as long as IFM's would be
-            lengthened, length = rank.all_reduce(losses.gradient_factor(each, *ifm))
+        if args.method and (printed or args.match_ifm):
+            lengthened, length = rank.all_reduce(losses.gradient_lengths(image_losses, *ifm))
+        if args.match_ifm:  # InfoNCE's step becomes about as long as IFM's would be
             scaler.scale(loss * (lengthened / length)).backward()
         else:
             scaler.scale(loss).backward()
@@ -237,7 +238,7 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
             fill = queue_fill(epoch, step + 1, loader, args)
             features = similarities(q, k, mean_key) | {"grad_norm": grad_norm}
             if args.method:
-                features |= losses.weight_statistics(each, *ifm)
+                features |= losses.weight_statistics(image_losses, *ifm) | {"ifm_factor": lengthened / length}
             log.step(meters, epoch, step, lr=lr, features=features, queue_fill=fill)
         if stop.requested():  # on any rank
             break

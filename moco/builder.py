@@ -64,8 +64,8 @@ class MoCo(nn.Module):
         logits N x (1+K) divided by T, the positive's in column 0, and labels (N,) int64, all 0.
 
         weights: those of the plain and of the perturbed loss (moco.losses.weights). With them it returns
-        (loss, ranks, each, q, k) instead: what moco.losses.contrast returns, the same numbers in less time
-        and memory, and the features (N x C each, unit rows, without gradient) for statistics.
+        (loss, ranks, image_losses, q, k) instead: what moco.losses.contrast returns, the same numbers in
+        less time and memory, and the features (N x C each, unit rows, without gradient) for statistics.
         order: in which the key encoder gets the images of all processes, a permutation (N*world,) int64 on
         the CPU, equal on all; None: drawn on rank 0.
         """

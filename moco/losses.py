@@ -56,39 +56,38 @@ def gradient_weight(loss, epsilon, T, alpha, method):
     return plain + perturbed / (_slope(loss) + torch.exp(-loss - 2 * epsilon / T))
 
 
-def gradient_factor(loss, epsilon, T, alpha, method):
-    """(sum of w s, sum of s) over the images, (2,): their quotient is by how much IFM lengthens the gradient
-    of the batch, were all images' gradients parallel.
+def gradient_lengths(loss, epsilon, T, alpha, method):
+    """(sum of w s, sum of s) over the images, (2,): the length of the batch's gradient with IFM and without,
+    up to a common factor and as if the gradients of all images were parallel. Sums of processes add up.
 
     w: their `gradient_weight`s; s = 1 - exp(-loss): the length of an image's gradient up to the difference of
-    its positive and negative keys. The mean of w would count most the images that hardly have a gradient.
+    its positive and its negative keys. The mean of w would count most the images that hardly have a gradient.
     """
     slope = _slope(loss)
     return torch.stack([(gradient_weight(loss, epsilon, T, alpha, method) * slope).sum(), slope.sum()])
 
 
 def weight_statistics(loss, epsilon, T, alpha, method):
-    """The mean and the 95th percentile of `gradient_weight` and the quotient of `gradient_factor`, by their
-    names in the log, 0-dim. tensors."""
+    """The mean and the 95th percentile of `gradient_weight` and the mean `loss` (N,), 0-dim. tensors by their
+    names in the log.
+    """
     weight = gradient_weight(loss, epsilon, T, alpha, method)
-    lengthened, length = gradient_factor(loss, epsilon, T, alpha, method)
-    return {
-        "ifm_weight": weight.mean(),
-        "ifm_weight_p95": weight.kthvalue(math.ceil(0.95 * len(weight))).values,
-        "ifm_factor": lengthened / length,
-    }
+    p95 = weight.kthvalue(math.ceil(0.95 * len(weight))).values
+    return {"info_nce": loss.mean(), "ifm_weight": weight.mean(), "ifm_weight_p95": p95}
 
 
-def largest_weight(K, epsilon, T, alpha, method, queue_mean=0.0):
-    """What `gradient_weight` can be at most, a float, for any image when the K keys' mean has this length.
+def weight_bounds(K, epsilon, T, alpha, method, queue_mean=0.0):
+    """Two upper bounds of any image's `gradient_weight`, floats: by the queue and by epsilon.
 
-    exp(g) is the sum of exp(l_neg / T) over exp(l_pos / T). By Jensen's inequality the sum is at least K
-    exp(<q, mean key> / T), and l_pos is at most 1; so s(g + m) / s(g) - 1 <= exp(-g) <=
-    exp((1 + queue_mean) / T) / K. It is at most exp(m) - 1, too.
+    By the queue, for K keys whose mean has this length: exp(g) is the sum of exp(l_neg / T) over
+    exp(l_pos / T). By Jensen's inequality the sum is at least K exp(<q, mean key> / T), and l_pos is at most
+    1; so s(g + m) / s(g) - 1 <= exp(-g) <= exp((1 + queue_mean) / T) / K. By epsilon: it is at most
+    exp(m) - 1.
     """
     _, perturbed = weights(method, alpha)
-    least_gap, margin = math.log(K) - (1 + queue_mean) / T, 2 * epsilon / T
-    return 1 + perturbed * min(_exp(-least_gap), _exp(margin) - 1)
+    exponents = (1 + queue_mean) / T - math.log(K), 2 * epsilon / T
+    by_queue, by_epsilon = (math.exp(x) if x < 700 else math.inf for x in exponents)
+    return (1 + perturbed * by_queue, 1 + perturbed * (by_epsilon - 1)) if perturbed else (1.0, 1.0)
 
 
 def _slope(loss):
@@ -96,17 +95,13 @@ def _slope(loss):
     return (-torch.expm1(-loss)).clamp(min=torch.finfo(loss.dtype).tiny)
 
 
-def _exp(x):
-    return math.exp(x) if x < 700 else math.inf
-
-
 def contrast(q, k, queue, T, weights, margin=0.0):
     """The weighted sum of both losses and the ranks of the positives, in one pass over the queue.
 
     q, k: N x C, unit rows, k without gradient; queue: C x K, unit columns; weights: of the plain and of the
-    perturbed loss; margin: 2 epsilon / T. Returns (loss, ranks, each): a scalar with a gradient for q; (N,)
-    int64, the number of negatives that are nearer to the query than its positive; (N,), each image's InfoNCE
-    without gradient.
+    perturbed loss; margin: 2 epsilon / T. Returns (loss, ranks, image_losses): a scalar with a gradient for
+    q; (N,) int64, the number of negatives that are nearer to the query than its positive; (N,), each image's
+    InfoNCE without gradient.
 
     With a = l_pos / T and b = logsumexp(l_neg / T), InfoNCE is softplus(b - a). IFM lowers the positive's
     cosine by epsilon and raises the negatives', so its loss is softplus(b - a + 2 epsilon / T). The gradient
@@ -117,13 +112,13 @@ def contrast(q, k, queue, T, weights, margin=0.0):
     b, ranks = _LogSumExp.apply(q, l_pos.detach(), queue, T)  # N each
     plain, perturbed = weights
     gap = b - l_pos / T  # N
-    each = _softplus(gap)  # N
+    image_losses = _softplus(gap)  # N
     loss = 0.0
     if plain:
-        loss = plain * each.mean()
+        loss = plain * image_losses.mean()
     if perturbed:
         loss = loss + perturbed * _softplus(gap + margin).mean()
-    return loss, ranks, each.detach()
+    return loss, ranks, image_losses.detach()
 
 
 class _LogSumExp(torch.autograd.Function):

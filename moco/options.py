@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -85,11 +86,11 @@ def pretraining(arguments=None):
         args.epsilon = 0.1 if args.epsilon is None else args.epsilon
         args.alpha = 1.0 if args.alpha is None else args.alpha
     if args.match_ifm and not args.method:
-        raise UserError(
-            "--match-ifm needs the --method and --epsilon whose factor it takes; add --method ifm"
-        )
+        raise UserError("--match-ifm needs the --method whose factor it takes; add --method ifm or ifm_only")
     if args.crops_only and args.aug_plus:
         raise UserError("--crops-only leaves out what --aug-plus adds; give one of the two")
+    if args.bits_per == "view" and not args.random_bits:
+        raise UserError("--bits-per view is of --random-bits N: add that, or leave --bits-per out")
     if args.random_bits and args.pretrained:
         raise UserError(
             "--random-bits adds channels of which --pretrained has no weights; leave one of them out"
@@ -234,13 +235,14 @@ def notes(args, images, batchnorm_groups):
         "  loss rises and Acc@1 falls while the queue fills, then the loss falls",
     ]
     if args.method:
-        most = losses.largest_weight(args.moco_k, args.epsilon, args.moco_t, args.alpha, args.method)
-        advice = ": to have an effect lower --moco-t or --moco-k (README)" * (most < 1.05)
-        lines += [
-            f"with K = {args.moco_k} and T = {args.moco_t:g} IFM weighs an image's gradient at most "
-            f"{most:.5g} where",
-            f"  the queue's mean is 0{advice}",
-        ]
+        ifm = args.epsilon, args.moco_t, args.alpha, args.method
+        by_queue, by_epsilon = losses.weight_bounds(args.moco_k, *ifm)
+        line = f"with K = {args.moco_k} and T = {args.moco_t:g} IFM weighs an image's gradient at most "
+        line += f"{min(by_queue, by_epsilon):.5g} where the queue's mean is 0"
+        if min(by_queue, by_epsilon) < 1.05:
+            flags = "lower --moco-t or --moco-k" if by_queue < by_epsilon else "raise --epsilon or --alpha"
+            line += f": to have an effect {flags} (README)"
+        lines += textwrap.wrap(line, 80, subsequent_indent="  ")
     if batchnorm_groups == 1:
         lines += [
             "note: with one BatchNorm group shuffling has no effect, and a query and its key",

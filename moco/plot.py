@@ -176,6 +176,7 @@ OTHERS = {
     "Norm of the gradient": ["grad_norm"],
     "Weight of IFM: mean (solid), 95th percentile": ["ifm_weight", "ifm_weight_p95"],
     "IFM's factor on the gradient": ["ifm_factor"],
+    "InfoNCE without IFM (nats)": ["info_nce"],
     "Length of the queue's mean": ["queue_mean"],
     "Learning rate": ["lr"],
     "Images per second": ["images_per_s"],

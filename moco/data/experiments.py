@@ -74,6 +74,6 @@ class RandomBits:
         if self.per_view:
             values = bits_of_views(self.seed, batch.records[:, : len(indices)], indices, self.bits)
         else:
-            values = bits_of(self.seed, TRAIN, indices, self.bits).expand(len(views), -1, -1)
-        values = to_device(values, views[0].device)
+            values = bits_of(self.seed, TRAIN, indices, self.bits)[None]
+        values = to_device(values, views[0].device).expand(len(views), -1, -1)
         return list(map(with_channels, views, values))

@@ -32,6 +32,10 @@ RENDERS = 4  # of each of Trifeature's combinations: 3,200 images in train/
 # How runs train unless flags of main_moco.py say otherwise.
 DEFAULTS = "-a conv3 --image-size 32 --epochs 30 -b 128 --lr 0.1 --moco-m 0.99 --bn-splits 4"
 FIXED = "--mlp --cos --resize pil --device-aug off --workers 0 --cache decoded --print-freq 5"
+# Flags of main_moco.py that a sweep sets itself, and what to give instead, or nothing.
+SET = {"--seed": "--seeds", "--random-bits": "--bits", "--output-dir": "--out", "--resume": None}
+SET |= {"--match-ifm": "--method match_ifm", "--alpha": None, "--dataset": None, "--images": None}
+SET |= dict.fromkeys(word for word in FIXED.split() if word.startswith("--"))
 # settings that differ between runs
 SWEPT = ("moco_t", "moco_k", "random_bits", "bits_per", "method", "match_ifm", "epsilon", "alpha", "seed")
 
@@ -43,8 +47,8 @@ def parse_args():
         usage="python -m moco.shortcuts randbit --out DIR [flags, also main_moco.py's]",
         description="Pre-train encoders by main_moco.py on images with random bits, which both views share, "
         "and measure what a linear classifier reads from them.",
-        epilog=f"All other flags are given to main_moco.py. Its defaults are here {DEFAULTS} --mlp --cos "
-        "--crops-only (unless --aug-plus is given).",
+        epilog=f"All other flags are given to main_moco.py. Its defaults are here {DEFAULTS} --crops-only "
+        f"(unless --aug-plus is given), and always {FIXED}.",
         allow_abbrev=False,
     )
     parser.add_argument("experiment", choices=["randbit"], help="the only one so far")
@@ -83,6 +87,10 @@ def parse_args():
     args, others = parser.parse_known_args()
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
+    for word in others:
+        if (flag := word.partition("=")[0]) in SET:
+            advice = f"give {SET[flag]}" if SET[flag] else "leave it out"
+            raise UserError(f"{flag} is set for each run by the sweep itself: {advice}")
     cuda = torch.cuda.is_available()
     args.device = args.device or ("cuda" if cuda else "cpu")
     if args.device == "cuda" and not cuda:

@@ -20,7 +20,7 @@ from moco.trifeature import FACTORS
 
 WIDTH = 7  # inches: letters of 8 points are readable at 700 pixels
 COURSE = {
-    "loss": "training loss, nats",
+    "info_nce": "InfoNCE in training, nats",
     "ifm_factor": "IFM's factor",
     "queue_mean": "length of the queue's mean",
 }
@@ -114,6 +114,8 @@ def _draw_effects(axis, found, factor, colors):
     axis.axhline(0, color=BLACK, linewidth=0.8)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
+    low, high = min(low, 1), max(high, 1.2)
+    axis.set_xlim(low, high)
     axis.minorticks_off()
     axis.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
     axis.xaxis.set_major_formatter("{x:g}")

@@ -40,7 +40,7 @@ from moco.trifeature import FACTORS
 # anew, which training never saw.
 READINGS = ("own", "shared", "redrawn")
 BATCH = 256
-COURSE = ("loss", "ifm_factor", "queue_mean")  # what is kept of each epoch of the log
+COURSE = ("info_nce", "ifm_factor", "queue_mean", "ifm_weight")  # what is kept of each epoch of the log
 
 
 def readouts(network, folder, size, seed, bits, device):
@@ -119,11 +119,17 @@ def contrastive_losses(model, run, folder, device):
 
 
 def course_of(path):
-    """{name: its mean in each epoch, a list} of the log.jsonl beside a checkpoint; None where it has none."""
+    """{name of COURSE: its mean in each epoch, a list} of the log.jsonl beside a checkpoint, without what it
+    lacks. Without --method the loss is InfoNCE.
+    """
     entries = map(json.loads, (Path(path).parent / "log.jsonl").read_text().splitlines())
     epochs = {entry["epoch"]: entry for entry in entries if entry["kind"] == "epoch"}  # of two the later
-    found = {name: [epochs[epoch].get(name) for epoch in sorted(epochs)] for name in (*COURSE, "ifm_weight")}
-    return {name: [value and float(f"{value:.5g}") for value in values] for name, values in found.items()}
+    epochs = [{"info_nce": epochs[number]["loss"]} | epochs[number] for number in sorted(epochs)]
+    return {
+        name: [value and float(f"{value:.5g}") for value in (epoch.get(name) for epoch in epochs)]
+        for name in COURSE
+        if name in epochs[-1]
+    }
 
 
 def measure(folder, run, pretrained, device):
@@ -140,10 +146,9 @@ def measure(folder, run, pretrained, device):
     model.to(device).eval()
     if pretrained:
         matched, mismatched = contrastive_losses(model, run, folder, device)
-        course = course_of(pretrained)
-        found["loss"] = {"training": course["loss"][-1], "matched": matched, "mismatched": mismatched}
-        found["ifm_weight"] = course.pop("ifm_weight")[-1]
-        found["course"] = {name: values for name, values in course.items() if None not in values}
+        found["course"] = course_of(pretrained)
+        training = found["course"]["info_nce"][-1]
+        found["loss"] = {"training": training, "matched": matched, "mismatched": mismatched}
     network = copy.deepcopy(model.encoder_q)
     replace_layer(network, model.head, nn.Identity())
     own = run.image_size, run.seed, run.random_bits

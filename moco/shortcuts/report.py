@@ -100,7 +100,7 @@ def differences(runs, base, reading, factor):
 
 def factors_of(runs):
     """IFM's factor on the gradient in the last epoch of each run of {seed: run}, 1 for InfoNCE."""
-    return [run["course"].get("ifm_factor", [1.0])[-1] for run in runs.values()]
+    return [1.0 if run["method"] == INFONCE else run["course"]["ifm_factor"][-1] for run in runs.values()]
 
 
 def interval(values):

@@ -168,52 +168,47 @@ def test_ifm_is_info_nce_with_a_weight_for_each_image(method, epsilon, alpha, T)
         torch.testing.assert_close(weight, torch.ones_like(weight), rtol=1e-12, atol=0)
 
 
-def test_weights_of_tiny_losses_are_exact():
-    m = 2 * 0.1 / 0.07
-    for loss in (1e-30, 1e-5, 0.3, 20.0):
-        each = torch.tensor([loss])  # float32, in which 1 - exp(-1e-30) would be 0
-        exact = 1 / (-math.expm1(-loss) + math.exp(-m - loss))
-        assert losses.gradient_weight(each, 0.1, 0.07, 1.0, "ifm_only").item() == pytest.approx(
-            exact, rel=1e-5
-        )
-    zero = losses.weight_statistics(torch.zeros(4), 30.0, 0.05, 1.0, "ifm")  # its margin is 1200
-    assert all(math.isfinite(value) for value in zero.values())
+def test_tiny_losses_are_exact_in_float32():
+    loss = torch.tensor([1e-6] * 1000 + [1e-3], dtype=torch.float64)  # the last has half of all gradient
+    exact, found = (losses.gradient_lengths(each, 0.2, 0.07, 1.0, "ifm") for each in (loss, loss.float()))
+    assert (found[0] / found[1]).item() == pytest.approx((exact[0] / exact[1]).item(), rel=1e-5)
+    assert ((1 - torch.exp(-loss.float())).sum() / exact[1] - 1).abs() > 1e-3  # negative control
+    lengthened, length = losses.gradient_lengths(torch.zeros(256), 30.0, 0.05, 1.0, "ifm")  # margin 1200
+    assert 1 < lengthened / length < math.inf
 
 
 def test_the_factor_counts_images_by_the_length_of_their_gradient():
     loss = torch.tensor([0.05] * 10 + [6.0] * 10, dtype=torch.float64)
     found = losses.weight_statistics(loss, 0.1, 0.07, 1.0, "ifm")
     weight, slope = losses.gradient_weight(loss, 0.1, 0.07, 1.0, "ifm"), 1 - torch.exp(-loss)
-    assert found["ifm_weight"] == pytest.approx(weight.mean().item())
+    assert found["ifm_weight"] == pytest.approx(weight.mean().item()) and found["info_nce"] == loss.mean()
     assert found["ifm_weight_p95"] == pytest.approx(weight.max().item())
-    assert found["ifm_factor"] == pytest.approx(((weight * slope).sum() / slope.sum()).item())
-    assert found["ifm_weight"] > 3 and found["ifm_factor"] < 1.3
+    lengths = losses.gradient_lengths(loss, 0.1, 0.07, 1.0, "ifm")
+    torch.testing.assert_close(lengths, torch.stack([(weight * slope).sum(), slope.sum()]))
+    assert found["ifm_weight"] > 3 and lengths[0] / lengths[1] < 1.3
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.5, 50.0])
-def test_no_weight_is_above_the_largest(mean):
+def test_no_weight_is_above_its_bounds(mean):
     inputs = solved(mean=mean)
     length = inputs[2].mean(dim=1).norm().item()
     assert mean < 50 or length > 0.99
     for method, (epsilon, alpha, T) in itertools.product(METHODS[1:], GRID):
         loss = contrast(*inputs, T, (1.0, 0.0))[2]
         weight = losses.gradient_weight(loss, epsilon, T, alpha, method).max().item()
-        most = losses.largest_weight(50, epsilon, T, alpha, method, length)
-        assert weight <= most * (1 + 1e-12)
+        assert weight <= min(losses.weight_bounds(50, epsilon, T, alpha, method, length)) * (1 + 1e-12)
 
 
-def test_the_largest_weight_is_reached_and_grows_with_the_mean_of_the_queue():
+def test_the_bounds_are_reached_and_one_grows_with_the_mean_of_the_queue():
     q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     loss = contrast(q, q, -q.T.expand(2, 1000), 0.5, (1.0, 0.0))[2]  # the nearest and the farthest keys
     weight = losses.gradient_weight(loss, 1e3, 0.5, 1.0, "ifm_only").item()
-    assert weight == pytest.approx(losses.largest_weight(1000, 1e3, 0.5, 1.0, "ifm_only", 1.0), rel=1e-9)
-    assert weight > losses.largest_weight(1000, 1e3, 0.5, 1.0, "ifm_only", 0.5)  # negative control
-    table = [(0.2, 0.0, 1.0011), (0.2, 0.1, 1.0019), (0.2, 0.3, 1.0051), (0.2, 0.5, 1.014), (0.1, 0.3, 4.4)]
-    for T, length, expected in table:
-        found = losses.largest_weight(65536, 1e3, T, 1.0, "ifm", length)
-        assert found == pytest.approx(expected, abs=0.03 if T < 0.2 else 3e-4)
-    assert losses.largest_weight(1, 0.1, 0.2, 1.0, "ifm") == pytest.approx(1 + math.expm1(1) / 2)
-    assert losses.largest_weight(65536, 1.0, 1e-4, 1.0, "ifm") == math.inf
+    assert weight == pytest.approx(losses.weight_bounds(1000, 1e3, 0.5, 1.0, "ifm_only", 1.0)[0], rel=1e-9)
+    assert weight > losses.weight_bounds(1000, 1e3, 0.5, 1.0, "ifm_only", 0.5)[0]  # negative control
+    solved_image = losses.gradient_weight(torch.zeros(1).double(), 0.1, 0.2, 1.0, "ifm").item()
+    assert solved_image == pytest.approx(losses.weight_bounds(1, 0.1, 0.2, 1.0, "ifm")[1], rel=1e-12)
+    assert losses.weight_bounds(65536, 1.0, 1e-4, 1.0, "ifm") == (math.inf, math.inf)
+    assert losses.weight_bounds(65536, 1.0, 1e-4, 0.0, "ifm") == (1.0, 1.0)
 
 
 def test_ranks_count_the_nearer_negatives():

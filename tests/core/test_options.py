@@ -116,6 +116,8 @@ WRONG_FLAGS = {
         ("--moco-t 0", "--moco-t: must be above 0"),
         ("--random-bits 64", "--random-bits: must be between 0 and 63"),
         ("--random-bits 2 --knn 1", "--knn evaluates images without --random-bits"),
+        ("--bits-per view", "--bits-per view is of --random-bits N"),
+        ("--match-ifm", "--match-ifm needs the --method whose factor it takes"),
         ("--epsilon 0.1", "add --method ifm"),
         ("--alpha 1", "add --method ifm"),
         ("--method ifm --epsilon=-1", "--epsilon: must be at least 0"),
@@ -269,8 +271,14 @@ def test_notes_say_what_to_expect():
         "  the queue's mean is 0: to have an effect lower --moco-t or --moco-k (README)" in published
     )
     strong = notes("--method ifm", 126_689, 8)
-    assert "T = 0.07 IFM weighs an image's gradient at most 9.2059 where\n  the queue's mean is 0" in strong
-    assert "lower --moco-t" not in strong and "weighs" not in notes("", 126_689, 8)
+    assert "IFM weighs an image's gradient at most 9.2059 where\n  the queue's mean is 0" in strong
+    assert "to have an effect" not in strong and "weighs" not in notes("", 126_689, 8)
+    for flag in ("--epsilon 0.001", "--alpha 0"):
+        words = notes(f"--method ifm --moco-k 131072 --moco-t 0.0725 {flag}", 126_689, 8)
+        assert (
+            "to have an effect raise --epsilon or\n  --alpha (README)" in words or "raise --epsilon" in words
+        )
+        assert max(map(len, words.splitlines())) <= 80
     assert "--bn-splits 8" in notes("", 126_689, 1) and "--bn-splits" not in notes("", 126_689, 8)
     assert "lower --moco-k" in notes("", 4_000, 8) and "lower --moco-k" not in notes("", 126_689, 8)
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from moco.data import experiments
 from moco.data.augment import VIEW
 from moco.data.experiments import HELD_OUT, TRAIN, RandomBits, bits_of, bits_of_views, with_channels
 
@@ -43,6 +44,16 @@ def test_views_of_a_batch_get_the_bits_of_its_images():
     assert torch.equal(k[:, 3:], q[:, 3:]) and torch.equal(k[:, :3], views[1])
     batch.indices = batch.indices[::-1]
     assert not torch.equal(RandomBits(6, 5, lambda batch: views)(batch)[0], q)
+
+
+def test_bits_are_sent_without_a_stride_of_0(monkeypatch):
+    """Such tensors cannot be pinned for the way to a GPU."""
+    sent = []
+    monkeypatch.setattr(experiments, "to_device", lambda values, device: sent.append(values) or values)
+    batch = SimpleNamespace(indices=np.arange(4), records=np.zeros((2, 4), VIEW))
+    for per_view in (False, True):
+        RandomBits(6, 5, lambda batch: [torch.zeros(4, 3, 2, 2)] * 2, per_view)(batch)
+    assert [0 in values.stride() for values in sent] == [False, False]
 
 
 def test_bits_per_view_are_functions_of_the_image_and_its_view():

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 NUMBERS = {
     *("loss", "acc1", "acc5", "lr", "seconds", "data_seconds", "images_per_s", "memory_mb", "queue_fill"),
     *("pos_similarity", "neg_similarity", "alignment", "uniformity", "grad_norm", "queue_mean"),
-    *("ifm_weight", "ifm_weight_p95", "ifm_factor"),  # with --method
+    *("info_nce", "ifm_weight", "ifm_weight_p95", "ifm_factor"),  # with --method
 }
 
 

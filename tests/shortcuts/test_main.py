@@ -44,10 +44,11 @@ def test_a_small_sweep_from_its_command_to_its_figures(tmp_path, sweep):
         0.5,
     ]
     assert trained["left"] == pytest.approx(trained["L_shortcut"] - trained["L_all"]) and trained["left"] > 5
-    assert trained["loss"]["mismatched"] > trained["loss"]["matched"] + 1 and plain["ifm_weight"] is None
-    assert 1 < trained["ifm_weight"] != control["ifm_weight"] and "ifm_factor" not in plain["course"]
+    assert trained["loss"]["mismatched"] > trained["loss"]["matched"] + 1
+    assert trained["course"]["ifm_weight"][-1] > 1 and "ifm_weight" not in plain["course"]
+    assert len(control["course"]["ifm_factor"]) == 1
     log = (out / "runs" / trained["name"] / "log.jsonl").read_text().splitlines()
-    assert trained["loss"]["training"] == pytest.approx(json.loads(log[-1])["loss"], rel=1e-4)
+    assert trained["loss"]["training"] == pytest.approx(json.loads(log[-1])["info_nce"], rel=1e-4)
 
     start, program, *command = control["command"]  # one can give it oneself
     args = options.pretraining(command)
@@ -84,7 +85,9 @@ def line_for_runs(monkeypatch):
             made = real(*arguments)
             readout = {"own": {factor: {"accuracy": 50.0, "converged": True} for factor in FACTORS}}
             loss = {"training": 2.0, "matched": 2.0, "mismatched": 4.0}
-            found = json.dumps({"readout": readout, "loss": loss, "course": {"loss": [2.0]}})
+            found = json.dumps(
+                {"readout": readout, "loss": loss, "course": {"info_nce": [2.0], "ifm_factor": [1.5]}}
+            )
             measured = f"open({str(made.folder / 'measured.json')!r}, 'w').write({found!r})"
             line = next((line for word, line in lines.items() if word in made.name), MEASURED)
             return Job(made.run, made.folder, [["-c", line.replace(MEASURED, measured)]])
@@ -144,6 +147,10 @@ def test_runs_are_every_combination_named_by_all_digits(tmp_path, sweep, line_fo
         (["--bits", "64"], "--random-bits: must be between 0 and 63, not 64"),
         (["--epsilom", "0.1"], "--epsilom"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--seed", "7"], "--seed is set for each run by the sweep itself: give --seeds"),
+        (["--match-ifm"], "itself: give --method match_ifm"),
+        (["--alpha=2"], "--alpha is set for each run by the sweep itself: leave it out"),
+        (["--workers", "4"], "--workers is set for each run"),
         (["--image-size", "4"], "--image-size"),
         (["-a", "resnet19"], "torchvision has no classification model 'resnet19'"),
     ],

@@ -123,8 +123,8 @@ def test_a_run_is_measured_from_its_start_or_its_checkpoint(combinations, tmp_pa
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     start, trained, other = read(), *(read("--pretrained", tmp_path / f"{seed}.pth.tar") for seed in (5, 6))
     assert start["readout"] == trained["readout"] != other["readout"]
-    assert "loss" not in start and trained["loss"]["training"] == 4.0 and trained["ifm_weight"] is None
-    assert trained["course"] == {"loss": [5.0, 4.0], "queue_mean": [0.1, 0.1]}
+    assert "loss" not in start and trained["loss"]["training"] == 4.0
+    assert trained["course"] == {"info_nce": [5.0, 4.0], "queue_mean": [0.1, 0.1]}
     assert trained["loss"]["matched"] < trained["loss"]["mismatched"] < 10
     assert start["versions"]["torch"] == torch.__version__
 

@@ -40,7 +40,7 @@ def results():
             matched = rng.uniform(1, 3)
             mismatched = matched + (1.5 if run["bits_per"] == "image" else 0.0) if run["bits"] else None
             measured["loss"] = {"training": 2.0, "matched": matched, "mismatched": mismatched}
-            measured["course"] = {"loss": [3.0, rng.uniform(2, 3)], "queue_mean": [0.1, 0.2]}
+            measured["course"] = {"info_nce": [3.0, rng.uniform(2, 3)], "queue_mean": [0.1, 0.2]}
             if run["method"] != "infonce":
                 measured["course"]["ifm_factor"] = [1.0, rng.uniform(1.1, 1.3)]
         found.append(run | measured)
@@ -207,5 +207,5 @@ def test_the_course_of_every_run_is_shown(results):
     loss, factor, mean = course_figure(results).axes
     trained = [run for run in results if run["trained"]]
     shown = {tuple(line.get_ydata()) for line in loss.lines}
-    assert shown == {tuple(run["course"]["loss"]) for run in trained} and len(mean.lines) == len(trained)
+    assert shown == {tuple(run["course"]["info_nce"]) for run in trained} and len(mean.lines) == len(trained)
     assert sum(len(line.get_ydata()) > 0 for line in factor.lines) == len(chosen(trained, epsilon=0.5))
