@@ -13,18 +13,15 @@ from moco.shortcuts.report import (
     cell,
     differences,
     factors_of,
-    learned,
     settings_of,
     table,
     untrained,
 )
 from moco.shortcuts.sweep import read_results
-from moco.trifeature import FACTORS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path for path in (ROOT / ".results").iterdir() if path.is_dir())
 README = (ROOT / "moco" / "shortcuts" / "README.md").read_text()
-TEXT = " ".join(README.split())
 STUDY = read_results(ROOT / ".results" / "randbit")
 RUNS = settings_of(STUDY)
 
@@ -36,12 +33,54 @@ def rows(first):
     return lines
 
 
+def row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def suppression():
+    """The README's table of what InfoNCE leaves of shape and color, as rows."""
+    bits = sorted({setting.bits for setting in RUNS if setting.method == "infonce"})
+    start = untrained(STUDY)
+
+    def percents(T, reading, factor):
+        of = (plain(T, b) if T else start[b] for b in bits)
+        return [cell(accuracies(runs, reading, factor).values()) for runs in of]
+
+    lefts = {T: [next(iter(plain(T, b).values()))["left"] for b in bits] for T in (0.07, 0.1, 0.2)}
+    found = [row("random bits", *bits), row(*["---"] * (1 + len(bits)))]
+    found += [row(f"nats left, T {T}", *(f"{left:.2f}" for left in lefts[T])) for T in lefts]
+    found += [row(f"shape, own bits, T {T}", *percents(T, "own", "shape")) for T in lefts]
+    found += [row("shape, shared bits, T 0.1", *percents(0.1, "shared", "shape"))]
+    found += [row("color, own bits, T 0.1", *percents(0.1, "own", "color"))]
+    found += [row(f"untrained: {f}, own bits", *percents(None, "own", f)) for f in ("shape", "color")]
+    return [*found, row("untrained: shape, shared bits", *percents(None, "shared", "shape"))]
+
+
+def effects():
+    """The README's table of what IFM changes, as rows."""
+    columns = [f"{factor}, {less}" for factor in ("shape", "color") for less in ("- InfoNCE", "- control")]
+    found = [row("T, bits", "method, epsilon", "InfoNCE reached", "factor", *columns), row(*["---"] * 8)]
+    for setting, runs in RUNS.items():
+        if len(bases(setting)) == 2:  # neither InfoNCE nor a control
+            changes = [
+                cell(differences(runs, RUNS.get(base, {}), "own", factor), sign="+")
+                for factor in ("shape", "color")
+                for base in bases(setting).values()
+            ]
+            loss = cell([run["loss"]["matched"] for run in runs.values()], 2)
+            names = f"{setting.T}, {setting.bits}", f"{setting.method}, {setting.epsilon}"
+            found.append(row(*names, loss, cell(factors_of(runs), 2), *changes))
+    return found
+
+
 def plain(T, bits, K=1024, per="image"):
     return RUNS[Setting(T, K, bits, per, "infonce", 0.0)]
 
 
-def percent(runs, reading, factor):
-    return cell(accuracies(runs, reading, factor).values())
+@pytest.mark.parametrize("table_of", [suppression, effects])
+def test_the_tables_are_of_the_runs(table_of):
+    expected = "\n".join(table_of())
+    assert expected.count("\n") >= 6 and f"\n\n{expected}\n\n" in README
 
 
 def test_the_bounds_are_those_of_the_losses():
