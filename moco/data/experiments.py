@@ -31,23 +31,17 @@ def bits_of_views(seed, records, indices, bits):
     """float32 (views, N, bits) of 0 and 1 for the `records` of a Batch, (views, N): functions of the image
     and of what was drawn for the view, so that they change from view to view and from epoch to epoch.
     """
-    return torch.stack(
-        [
-            _lowest_bits(
-                [
-                    fold(seed, BITS, VIEWS, view, index, zlib.crc32(record.tobytes()))
-                    for index, record in zip(indices, row, strict=True)
-                ],
-                bits,
-            )
-            for view, row in enumerate(records)
-        ]
-    )
+    drawn = [[zlib.crc32(record.tobytes()) for record in view] for view in records]
+    numbers = [
+        [fold(seed, BITS, VIEWS, view, *place) for place in zip(indices, row, strict=True)]
+        for view, row in enumerate(drawn)
+    ]
+    return _lowest_bits(numbers, bits)
 
 
 def _lowest_bits(numbers, bits):
     numbers = torch.tensor(numbers, dtype=torch.int64)
-    return (numbers[:, None] >> torch.arange(bits)).bitwise_and(1).float()
+    return (numbers[..., None] >> torch.arange(bits)).bitwise_and(1).float()
 
 
 def with_channels(images, values):

@@ -35,8 +35,8 @@ FIXED = "--mlp --cos --resize pil --device-aug off --workers 0 --cache decoded -
 # Flags of main_moco.py that a sweep sets itself, and what to give instead, or nothing.
 SET = {"--seed": "--seeds", "--random-bits": "--bits", "--output-dir": "--out", "--resume": None}
 SET |= {"--match-ifm": "--method match_ifm", "--alpha": None, "--dataset": None, "--images": None}
-SET |= dict.fromkeys(word for word in FIXED.split() if word.startswith("--"))
-# settings that differ between runs
+SET |= dict.fromkeys(["-j", "-p", *(word for word in FIXED.split() if word.startswith("--"))])
+# Settings that differ between runs
 SWEPT = ("moco_t", "moco_k", "random_bits", "bits_per", "method", "match_ifm", "epsilon", "alpha", "seed")
 
 
