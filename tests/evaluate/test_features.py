@@ -35,6 +35,7 @@ def test_similarities_are_those_of_loops():
         "neg_similarity": sum(dot(q[i], key) for i in range(N) for key in queue) / (N * K),
         "alignment": sum(squared(q[i], k[i]) for i in range(N)) / N,
         "uniformity": math.log(sum(math.exp(-2 * squared(q[i], q[j])) for i, j in pairs) / len(pairs)),
+        "queue_mean": math.sqrt(sum(dot(key, other) for key in queue for other in queue)) / K,
     }
     found = similarities(q, k, queue.T.mean(dim=1))
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-12)
