@@ -112,13 +112,7 @@ def _draw_effects(axis, found, factor, colors):
     for name, marker, face in (("ifm", "o", GRAY), ("ifm_only", "s", GRAY), ("control", "o", "white")):
         axis.plot([], [], linestyle="", marker=marker, color=GRAY, markerfacecolor=face, label=name)
     axis.axhline(0, color=BLACK, linewidth=0.8)
-    axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    low, high = min(low, 1), max(high, 1.2)
-    axis.set_xlim(low, high)
-    axis.minorticks_off()
-    axis.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
-    axis.xaxis.set_major_formatter("{x:g}")
+    _show_factors(axis, "x")
 
 
 def course_figure(results):
@@ -136,12 +130,24 @@ def course_figure(results):
                     axis.plot(range(1, len(values) + 1), values, **look)
             axis.set_title(title)
             axis.set_xlabel("epochs")
-            axis.set_yscale("log" if name == "ifm_factor" else "linear")
+            if name == "ifm_factor":
+                _show_factors(axis, "y")
         lines = {f"T {number(T)}": {"color": color} for T, color in colors.items()}
         lines["control"] = {"color": GRAY, "linestyle": "--"}
         lines = [matplotlib.lines.Line2D([], [], label=label, **look) for label, look in lines.items()]
         figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False)
     return figure
+
+
+def _show_factors(axis, which):
+    """Make an axis ("x" or "y") logarithmic, from at most 1 to at least 1.2, with the TICKS in between."""
+    axis.set(**{f"{which}scale": "log"})
+    low, high = getattr(axis, f"get_{which}lim")()
+    low, high = min(low, 1), max(high, 1.2)
+    axis.minorticks_off()
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axis.set(**{f"{which}lim": (low, high), f"{which}ticks": ticks})
+    getattr(axis, f"{which}axis").set_major_formatter("{x:g}")
 
 
 def _colors(found):
