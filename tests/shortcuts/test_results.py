@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -70,7 +71,24 @@ def effects():
             loss = cell([run["loss"]["matched"] for run in runs.values()], 2)
             names = f"{setting.T}, {setting.bits}", f"{setting.method}, {setting.epsilon}"
             found.append(row(*names, loss, cell(factors_of(runs), 2), *changes))
-    return found
+    means = [
+        mean_change(factor, base) for factor in ("shape", "color") for base in ("InfoNCE", "its control")
+    ]
+    return [*found, row("mean of all", "", "", "", *means)]
+
+
+def mean_change(factor, less, reading="own"):
+    """The mean over all settings with IFM of a change, by seed, with its interval."""
+    by_seed = {}
+    for setting, runs in RUNS.items():
+        if len(bases(setting)) == 2:
+            base = RUNS[bases(setting)[less]]
+            assert runs.keys() == base.keys() >= {0, 1, 2}
+            one, two = (accuracies(those, reading, factor) for those in (runs, base))
+            for seed in one:
+                by_seed.setdefault(seed, []).append(one[seed] - two[seed])
+    assert len({len(values) for values in by_seed.values()}) == 1
+    return cell([fmean(values) for values in by_seed.values()], sign="+")
 
 
 def plain(T, bits, K=1024, per="image"):
