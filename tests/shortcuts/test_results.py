@@ -14,6 +14,7 @@ from moco.shortcuts.report import (
     cell,
     differences,
     factors_of,
+    learned,
     settings_of,
     table,
     untrained,
@@ -23,6 +24,7 @@ from moco.shortcuts.sweep import read_results
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path for path in (ROOT / ".results").iterdir() if path.is_dir())
 README = (ROOT / "moco" / "shortcuts" / "README.md").read_text()
+FRONT = (ROOT / "README.md").read_text()
 STUDY = read_results(ROOT / ".results" / "randbit")
 RUNS = settings_of(STUDY)
 
@@ -123,6 +125,19 @@ def test_every_run_is_recorded_once_and_whole(folder):
             assert all(each["converged"] for factors in readouts for each in factors.values())
     sizes = [len(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert max(sizes) < 4000  # bytes
+
+
+def test_the_sentences_are_of_the_runs():
+    per_view = cell(accuracies(plain(0.1, 12, per="view"), "own", "shape").values())
+    means = [mean_change("shape", base) for base in ("InfoNCE", "its control")]
+    for words in (
+        f"read {per_view} % of the shape from images with bits of their own",
+        f"does not bring the shape back: {means[0]} points in the mean",
+        f"shape by {means[0]} points in the mean of all settings, and by {means[1]} against a larger step",
+    ):
+        assert words in " ".join(README.split())
+    assert f"it changes the shape by {means[0]} points in the mean" in " ".join(FRONT.split())
+    assert all(learned(run) for run in STUDY if run["trained"])
 
 
 def test_what_is_cited_is_there():
