@@ -39,7 +39,10 @@ def test_spawned_ranks_with_data_workers_save_and_end_on_sigterm(folders, tmp_pa
     assert checkpoints(tmp_path) and "Traceback" not in program.output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_a_signal_while_ranks_are_spawned_is_not_a_fault(folders, tmp_path, number, code):
     with TwoRanks(*RUN, folders, "--output-dir", tmp_path, prepare=knows_tiny, start="spawn") as program:
         deadline = time.monotonic() + 30
@@ -65,7 +68,7 @@ def test_a_bad_image_of_one_rank_is_named(tmp_path, start):
 @pytest.mark.parametrize(
     ("ranks", "start"),
     [
-        ("0", "spawn"),
+        pytest.param("0", "spawn", marks=pytest.mark.slow),
         ("1", "fork"),
         pytest.param("1", "spawn", marks=pytest.mark.slow),
         ("01", "fork"),
