@@ -240,7 +240,8 @@ def notes(args, images, batchnorm_groups):
         line = f"with K = {args.moco_k} and T = {args.moco_t:g} IFM weighs an image's gradient at most "
         line += f"{min(by_queue, by_epsilon):.5g} where the queue's mean is 0"
         if min(by_queue, by_epsilon) < 1.05:
-            flags = "lower --moco-t or --moco-k" if by_queue < by_epsilon else "raise --epsilon or --alpha"
+            flags = "raise --epsilon" + " or --alpha" * (args.method == "ifm")
+            flags = "lower --moco-t or --moco-k" if by_queue < by_epsilon else flags
             line += f": to have an effect {flags} (README)"
         lines += textwrap.wrap(line, 80, subsequent_indent="  ")
     if batchnorm_groups == 1:
