@@ -35,7 +35,9 @@ FIXED = "--mlp --cos --resize pil --device-aug off --workers 0 --cache decoded -
 # Flags of main_moco.py that a sweep sets itself, and what to give instead, or nothing.
 SET = {"--seed": "--seeds", "--random-bits": "--bits", "--output-dir": "--out", "--resume": None}
 SET |= {"--match-ifm": "--method match_ifm", "--alpha": None, "--dataset": None, "--images": None}
+SET |= {"--pretrained": None, "--start-epoch": None}
 SET |= dict.fromkeys(["-j", "-p", *(word for word in FIXED.split() if word.startswith("--"))])
+EPSILON = [0.1, 0.5]
 # Settings that differ between runs
 SWEPT = ("moco_t", "moco_k", "random_bits", "bits_per", "method", "match_ifm", "epsilon", "alpha", "seed")
 
@@ -57,11 +59,12 @@ def parse_args():
         ("--bits", int, [0, 2, 4, 6, 8, 10, 12], "random bits"),
         ("--moco-t", float, [0.07, 0.1, 0.2], "temperatures"),
         ("--moco-k", int, [1024], "sizes of the queue"),
-        ("--epsilon", float, [0.1, 0.5], "of all methods but infonce"),
+        ("--epsilon", float, EPSILON, "of all methods but infonce"),
         ("--seeds", int, [0, 1, 2], "a run each"),
     ):
         words = " ".join(map(str, default))
         add(flag, type=kind, nargs="+", default=default, metavar="X", help=f"{text} (default: {words})")
+    parser.set_defaults(epsilon=None)  # to see whether it is given
     add(
         "--method",
         nargs="+",
@@ -91,6 +94,9 @@ def parse_args():
         if (flag := word.partition("=")[0]) in SET:
             advice = f"give {SET[flag]}" if SET[flag] else "leave it out"
             raise UserError(f"{flag} is set for each run by the sweep itself: {advice}")
+    if args.epsilon and set(args.method) == {INFONCE}:
+        raise UserError("--epsilon has no effect on InfoNCE: give a --method too, as --method infonce ifm")
+    args.epsilon = args.epsilon or EPSILON
     cuda = torch.cuda.is_available()
     args.device = args.device or ("cuda" if cuda else "cpu")
     if args.device == "cuda" and not cuda:
@@ -116,7 +122,7 @@ def runs_of(args):
         run["epsilon"] = 0.0 if method == INFONCE else epsilon
         loss = method if method == INFONCE else f"{method}_eps{number(epsilon)}"
         place = f"bits{bits}{'_per_view' * (per == 'view')}"
-        runs[f"T{number(T)}_K{K}_{place}_{loss}_seed{seed}"] = run | limits(T, K, bits, per)
+        runs[f"T{number(T)}_K{K}_{place}_{loss}_seed{seed}"] = run
     return runs
 
 
@@ -154,7 +160,8 @@ def job_of(name, run, data, out, others, epochs):
         return sweep.Job(run | {"command": ["python", *measure]}, folder, [measure])
     train, measure = [str(PROJECT / "main_moco.py"), *words], [*measure, "--pretrained", str(newest)]
     commands = [measure] if newest.is_file() else [train, measure]
-    return sweep.Job(run | {"command": ["python", "main_moco.py", *words]}, folder, commands)
+    lowest = limits(run["T"], run["K"], run["bits"], run["bits_per"])
+    return sweep.Job(run | lowest | {"command": ["python", "main_moco.py", *words]}, folder, commands)
 
 
 def write_report(out, results):

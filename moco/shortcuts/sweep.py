@@ -57,7 +57,7 @@ def opened(out, settings):
             if not path.is_file():
                 with atomic_file(path) as temporary:
                     temporary.write_text(json.dumps(settings, indent=1) + "\n")
-            before = json.loads(path.read_text())
+            before = _parsed(path.read_text(), path)
             for name in sorted(before.keys() | settings.keys()):
                 if before.get(name) != settings.get(name):
                     raise UserError(
@@ -74,7 +74,14 @@ def opened(out, settings):
 def read_results(out):
     """The finished runs of a sweep: dicts, in the order of their end."""
     path = Path(out) / RESULTS
-    return list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
+    return [_parsed(line, path) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _parsed(text, path):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or choose another --out") from error
 
 
 def add_result(out, result):

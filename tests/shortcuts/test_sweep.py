@@ -176,3 +176,13 @@ def test_a_folder_that_holds_no_sweep_or_another_one_is_refused_untouched(tmp_pa
         refused = pytest.raises(UserError, match=r"holds a sweep with (lr 0.03, not 0.1|data None|b None)")
         with refused, opened(tmp_path / "out", other):
             pass
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "results.jsonl"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    assert work(tmp_path, [job(tmp_path, "a", MEASURE)]) == ([], None)
+    whole = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"{name} is damaged .*: restore it, or choose another --out"):
+        work(tmp_path, [job(tmp_path, "b", MEASURE)])
+    assert (tmp_path / name).read_text() == whole[: len(whole) // 2]
