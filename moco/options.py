@@ -66,7 +66,7 @@ def pretraining(arguments=None):
     add(
         "--match-ifm",
         action="store_true",
-        help="instead of --method's loss InfoNCE, times the factor by which IFM would lengthen the gradient",
+        help="train InfoNCE, its loss multiplied in each step by what --method would give as ifm_factor",
     )
     add("--recolor", action=_Removed, advice="vary the data or use --crops-only")
     args = parser.parse_args(arguments)
@@ -237,8 +237,9 @@ def notes(args, images, batchnorm_groups):
     if args.method:
         ifm = args.epsilon, args.moco_t, args.alpha, args.method
         by_queue, by_epsilon = losses.weight_bounds(args.moco_k, *ifm)
-        line = f"with K = {args.moco_k} and T = {args.moco_t:g} IFM weighs an image's gradient at most "
-        line += f"{min(by_queue, by_epsilon):.5g} where the queue's mean is 0"
+        line = f"with K = {args.moco_k} and T = {args.moco_t:g} "
+        line += "the factor of --match-ifm is" if args.match_ifm else "IFM weighs an image's gradient"
+        line += f" at most {min(by_queue, by_epsilon):.5g} where the queue's mean is 0"
         if min(by_queue, by_epsilon) < 1.05:
             flags = "raise --epsilon" + " or --alpha" * (args.method == "ifm")
             flags = "lower --moco-t or --moco-k" if by_queue < by_epsilon else flags

@@ -1,4 +1,4 @@
-"""The two figures of a sweep: what is read against what is left and against IFM's factor; and its course."""
+"""The two figures of a sweep: readouts against what is left and against IFM's factor; and its course."""
 
 import math
 
@@ -16,16 +16,15 @@ from moco.shortcuts.report import (
     settings_of,
     untrained,
 )
-from moco.trifeature import FACTORS
 
 WIDTH = 7  # inches: letters of 8 points are readable at 700 pixels
 COURSE = {
-    "info_nce": "InfoNCE in training, nats",
+    "info_nce": "InfoNCE, nats",
     "ifm_factor": "IFM's factor",
-    "queue_mean": "length of the queue's mean",
+    "queue_mean": "|queue's mean|",
 }
 COLORS, MARKERS = (BLUE, ORANGE, RED, GREEN, PURPLE, SKY), "os^Dv*"
-CHANCE = 10  # percent
+CHANCE, USUAL_K = 10, 1024  # percent; the size of the queue that labels do not name
 TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)  # of factors
 
 # Published accuracies, in percent, of the digit in MNIST's images with so many random bits, by T (Chen, Luo &
@@ -39,104 +38,141 @@ PUBLISHED = {
 
 
 def figure_of(results):
-    """matplotlib's Figure, a column for each of Trifeature's factors, of at least one trained run. Above:
-    what is read with own bits after InfoNCE against the nats that only the picture can give, dashed with the
-    bits of one image for all; below, if there are such runs: by how much IFM and its control change the
-    former against IFM's factor on the gradient.
+    """matplotlib's Figure of at least one trained run. Above: the linear readout of shape and color with own
+    bits after InfoNCE, of shape against the nats that only the picture can give and against their share of
+    those without bits, of color against that share; dashed with the bits of one image for all. Below, if
+    there are such runs: how IFM changes three readouts, less InfoNCE and less its control, against IFM's
+    factor on the gradient.
     """
     found, start = settings_of(results), untrained(results)
-    colors, changed = _colors(found), any(setting.method != INFONCE for setting in found)
+    looks, changed = _looks(found), any(len(bases(setting)) == 2 for setting in found)
     with own_style() as matplotlib:
-        figure = matplotlib.figure.Figure((WIDTH, 3.4 + 2.4 * changed), layout="constrained")
-        axes = figure.subplots(1 + changed, len(FACTORS), squeeze=False, sharex="row", sharey="row")
-        for axis, factor in zip(axes[0], FACTORS, strict=True):
-            _draw_suppression(axis, found, start, factor, colors)
-            axis.set_title(f"{factor}, read in %")
-            axis.set_xlabel("nats left to the picture")
-        for axis, factor in zip(axes[1] if changed else (), FACTORS, strict=changed):
-            _draw_effects(axis, found, factor, colors)
-            axis.set_title(f"{factor}, change in points")
-            axis.set_xlabel("IFM's factor on the gradient")
+        figure = matplotlib.figure.Figure((WIDTH, 3.6 + 2.4 * changed), layout="constrained")
+        axes = figure.subplots(1 + changed, 3, squeeze=False)
+        places = (("shape", False), ("shape", True), ("color", True))
+        for axis, (factor, as_share) in zip(axes[0], places, strict=True):
+            _draw_suppression(axis, found, start, factor, as_share, looks)
+            axis.set_title(f"{factor}: linear accuracy, %")
+            axis.set_xlabel("share of the nats left" if as_share else "nats left to the picture")
+        places = (("shape", "own"), ("shape", "shared"), ("color", "own"))
+        for axis, (factor, reading) in zip(axes[1], places, strict=True) if changed else ():
+            _draw_effects(axis, found, factor, reading, looks)
+            axis.set_title(f"{factor}, {reading} bits: change, points")
+            axis.set_xlabel("IFM's factor, last epoch")
         handles = {}
         for axis in axes[:, 0]:
             handles |= {
                 label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
             }
-        figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False)
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
-def _draw_suppression(axis, found, start, factor, colors):
+def _draw_suppression(axis, found, start, factor, as_share, looks):
     curves = {}
     for setting, runs in found.items():
         if setting.method == INFONCE:
             own, shared = (list(accuracies(runs, each, factor).values()) for each in ("own", "shared"))
             before = list(accuracies(start.get(setting.bits, {}), "own", factor).values())
-            left = next(iter(runs.values()))["left"]
-            point = left, *interval(own), interval(shared)[0], interval(before)[0]
+            at = _left(setting.T, setting.K, setting.bits, as_share, setting.bits_per)
+            point = at, *interval(own), interval(shared)[0], interval(before)[0]
             curves.setdefault((setting.T, setting.K, setting.bits_per), []).append(point)
-    sizes = sorted({K for _, K, _ in curves}, key=lambda K: (K != 1024, K))
     for (T, K, per), points in curves.items():
-        left, means, halves, shared, before = zip(*sorted(points), strict=True)
-        look = {"color": colors[T], "marker": MARKERS[sizes.index(K) % len(MARKERS)], "markersize": 4}
-        look |= {"markerfacecolor": "white", "linestyle": ""} if per == "view" else {"linewidth": 1}
-        label = f"T {number(T)}" + f", K {K}" * (K != 1024) + ", bits per view" * (per == "view")
-        axis.errorbar(left, means, yerr=_bars(halves), capsize=2, label=label, **look)
-        if K == 1024 and per == "image":
-            axis.plot(left, shared, color=colors[T], linewidth=0.8, linestyle="--")
-            axis.plot(left, before, color=colors[T], linewidth=0.8, linestyle=":")
-    for label, dashes in (("one image's bits for all", "--"), ("untrained", ":")):
+        at, means, halves, shared, before = zip(*sorted(points), strict=True)
+        look = looks[T, K] | {"markersize": 4}
+        label = _name(T, K) + ", bits per view" * (per == "view")
+        view = {"markerfacecolor": "white", "linestyle": ""} if per == "view" else {"linewidth": 1}
+        axis.errorbar(at, means, yerr=_bars(halves), capsize=2, label=label, **look | view)
+        if per == "image":
+            axis.plot(at, shared, color=look["color"], linewidth=0.8, linestyle="--")
+            axis.plot(at, before, color=look["color"], linewidth=0.8, linestyle=":")
+    for label, dashes in (("one image's bits for all", "--"), ("untrained, own bits", ":")):
         axis.plot([], [], color=GRAY, linewidth=0.8, linestyle=dashes, label=label)
     axis.axhline(CHANCE, color=BLACK, linewidth=0.5, label="chance")
     if factor == "shape":
         for T, percents in PUBLISHED.items():
-            left = [limits(T, PUBLISHED_K, bits)["left"] for bits in PUBLISHED_BITS]
-            axis.plot(left, percents, "x", color=GRAY, markersize=4, label="published: MNIST's digits")
+            at = [_left(T, PUBLISHED_K, bits, as_share) for bits in PUBLISHED_BITS]
+            color = next((look["color"] for (other, _), look in looks.items() if other == T), GRAY)
+            axis.plot(at, percents, "x", color=color, markersize=4)
+        axis.plot([], [], "x", color=GRAY, markersize=4, label="MNIST's digits, published")
     axis.set_ylim(0, 105)
 
 
-def _draw_effects(axis, found, factor, colors):
-    for setting, runs in found.items():
-        if setting.method == INFONCE:
-            continue
-        changes = differences(runs, found.get(bases(setting)["InfoNCE"], {}), "own", factor)
-        if not changes:
-            continue
-        mean, half = interval(changes)
-        is_control = setting.method.startswith(MATCH)
-        look = {"color": colors[setting.T], "markersize": 4, "linewidth": 1}
-        look |= {"marker": "s" if setting.method.endswith("only") else "o"}
-        look |= {"markerfacecolor": "white"} if is_control else {}
+def _left(T, K, bits, as_share, bits_per="image"):
+    left = limits(T, K, bits, bits_per)["left"]
+    return left / limits(T, K, 0)["left"] if as_share else left
+
+
+def _draw_effects(axis, found, factor, reading, looks):
+    of_ifm = {setting: runs for setting, runs in found.items() if len(bases(setting)) == 2}
+    sizes = {bits: 3 + 3 * n for n, bits in enumerate(sorted({setting.bits for setting in of_ifm}))}
+    for setting, runs in of_ifm.items():
         at = interval(factors_of(runs))[0]
-        axis.errorbar([at], [mean], yerr=_bars([half]), capsize=2, linestyle="", **look)
-    for name, marker, face in (("ifm", "o", GRAY), ("ifm_only", "s", GRAY), ("control", "o", "white")):
-        axis.plot([], [], linestyle="", marker=marker, color=GRAY, markerfacecolor=face, label=name)
+        look = looks[setting.T, setting.K] | {"markersize": sizes[setting.bits], "linewidth": 0.8}
+        for base, face in zip(bases(setting).values(), ({}, {"markerfacecolor": "white"}), strict=True):
+            if changes := differences(runs, found.get(base, {}), reading, factor):
+                mean, half = interval(changes)
+                axis.errorbar([at], [mean], yerr=_bars([half]), capsize=2, linestyle="", **look | face)
+                at *= 1.01  # beside it
+    gray = {"linestyle": "", "color": GRAY, "marker": "o"}
+    axis.plot([], [], markersize=4, label="IFM - InfoNCE", **gray)
+    axis.plot([], [], markersize=4, markerfacecolor="white", label="IFM - its control", **gray)
+    for bits, size in sizes.items():
+        axis.plot([], [], markersize=size, label=f"{bits} bits", **gray)
     axis.axhline(0, color=BLACK, linewidth=0.8)
     _show_factors(axis, "x")
 
 
 def course_figure(results):
-    """matplotlib's Figure: loss, IFM's factor and the length of the queue's mean over each run's epochs."""
-    found = settings_of(results)
-    colors = _colors(found)
+    """matplotlib's Figure: InfoNCE, IFM's factor and the length of the queue's mean over the epochs, means
+    over seeds, in a row for each number of bits with IFM, and for the lowest and the highest number.
+    """
+    found = {setting: runs for setting, runs in settings_of(results).items() if setting.bits_per == "image"}
+    looks, every = _looks(found), sorted({setting.bits for setting in found})
+    changed = {setting.bits for setting in found if setting.method != INFONCE}
+    rows = sorted({every[0], every[-1], *changed})
     with own_style() as matplotlib:
-        figure = matplotlib.figure.Figure((WIDTH, 2.8), layout="constrained")
-        for axis, (name, title) in zip(figure.subplots(1, len(COURSE)), COURSE.items(), strict=True):
-            for setting, runs in found.items():
-                look = {"color": colors[setting.T], "linewidth": 0.6, "alpha": 0.6}
-                look["linestyle"] = "--" if setting.method.startswith(MATCH) else "-"
-                for run in runs.values():
-                    values = run["course"].get(name, [])
-                    axis.plot(range(1, len(values) + 1), values, **look)
-            axis.set_title(title)
+        figure = matplotlib.figure.Figure((WIDTH, 0.6 + 1.7 * len(rows)), layout="constrained")
+        axes = figure.subplots(len(rows), len(COURSE), squeeze=False, sharex=True, sharey="col")
+        for row, bits in zip(axes, rows, strict=True):
+            for axis, (name, title) in zip(row, COURSE.items(), strict=True):
+                for setting, runs in found.items():
+                    courses = [run["course"][name] for run in runs.values() if name in run["course"]]
+                    if setting.bits == bits and courses:
+                        means = [interval(values)[0] for values in zip(*courses, strict=True)]
+                        style, look = _line(setting.method), looks[setting.T, setting.K]
+                        axis.plot(range(1, len(means) + 1), means, style, color=look["color"], linewidth=0.8)
+                axis.set_title(f"{bits} bits: {title}")
+                axis.set_visible(bool(axis.lines))
+                if name == "ifm_factor":
+                    _show_factors(axis, "y")
+        for axis in axes[-1]:
             axis.set_xlabel("epochs")
-            if name == "ifm_factor":
-                _show_factors(axis, "y")
-        lines = {f"T {number(T)}": {"color": color} for T, color in colors.items()}
-        lines["control"] = {"color": GRAY, "linestyle": "--"}
+        lines = {_name(T, K): {"color": look["color"]} for (T, K), look in looks.items()}
+        styles = {"InfoNCE": INFONCE, "IFM": "ifm", "its control": f"{MATCH}ifm"}
+        lines |= {name: {"color": GRAY, "linestyle": _line(method)} for name, method in styles.items()}
         lines = [matplotlib.lines.Line2D([], [], label=label, **look) for label, look in lines.items()]
-        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False)
+        figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
     return figure
+
+
+def _line(method):
+    return "-" if method == INFONCE else ":" if method.startswith(MATCH) else "--"
+
+
+def _name(T, K):
+    return f"T {number(T)}" + f", K {K}" * (K != USUAL_K)
+
+
+def _looks(found):
+    """{(T, K): its color and marker}, the usual K first."""
+    places = sorted(
+        {(setting.T, setting.K) for setting in found}, key=lambda place: (place[1] != USUAL_K, place)
+    )
+    return {
+        place: {"color": COLORS[n % len(COLORS)], "marker": MARKERS[n % len(MARKERS)]}
+        for n, place in enumerate(places)
+    }
 
 
 def _show_factors(axis, which):
@@ -148,11 +184,6 @@ def _show_factors(axis, which):
     ticks = [tick for tick in TICKS if low <= tick <= high]
     axis.set(**{f"{which}lim": (low, high), f"{which}ticks": ticks})
     getattr(axis, f"{which}axis").set_major_formatter("{x:g}")
-
-
-def _colors(found):
-    temperatures = sorted({setting.T for setting in found})
-    return {T: COLORS[n % len(COLORS)] for n, T in enumerate(temperatures)}
 
 
 def _bars(halves):

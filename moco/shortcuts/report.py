@@ -9,15 +9,17 @@ from moco.trifeature import FACTORS
 INFONCE, MATCH = "infonce", "match_"  # a method, and the start of the names of the controls of the others
 LEARNED = 1.0  # nats by which the wrong bits must raise the loss: else a run has not learned the bits
 INTRO = """\
-Linear readout in percent of held-out images (chance 10), mean over seeds ± half of the 95 % t interval. Seeds
-decide weights, order, views and random bits; the pictures are the same for all. `left`: nats that only the
-picture can give once the bits are used; `loss`: the InfoNCE reached; `factor`: by how much IFM lengthens the
-gradient in the last epoch."""
+Linear accuracy in percent of held-out images (chance 10), mean over seeds ± half of the 95 % t interval.
+Seeds decide weights, order, views and random bits; the pictures are the same for all. `bits alone`: the
+lowest loss by the bits, in nats; `all`: by everything; `left`: their difference; `loss`: the InfoNCE reached;
+`w` and `factor`: the mean of IFM's weights and its factor on the gradient in the last epoch, of a control
+those that IFM would have."""
 TITLES = {
     "own": "Read with the random bits that each image has:",
     "shared": "The same encoders read from images that all have the bits of the first training image:",
     "redrawn": "The same encoders read with bits that are drawn anew for each image:",
 }
+LIMITS = ("bits alone", "all", "left")  # of the losses
 DIFFERENCES = "Differences with the same seed, in points:"
 
 # Student's t below which 97.5 % lie, for 1 to 30 degrees of freedom; beyond, the last is a little too wide.
@@ -98,9 +100,11 @@ def differences(runs, base, reading, factor):
     return [one[seed] - two[seed] for seed in one if seed in two]
 
 
-def factors_of(runs):
-    """IFM's factor on the gradient in the last epoch of each run of {seed: run}, 1 for InfoNCE."""
-    return [1.0 if run["method"] == INFONCE else run["course"]["ifm_factor"][-1] for run in runs.values()]
+def factors_of(runs, name="ifm_factor"):
+    """IFM's factor on the gradient, or the mean of its weights by the name "ifm_weight", in the last epoch of
+    each run of {seed: run}; 1 for InfoNCE.
+    """
+    return [1.0 if run["method"] == INFONCE else run["course"][name][-1] for run in runs.values()]
 
 
 def interval(values):
@@ -128,15 +132,17 @@ def table(results):
     for reading in READINGS:
         if not any(reading in run.get("readout", {}) for run in results):
             continue
-        lines += ["", TITLES[reading], "", *_head("seeds", "left", "loss", "factor", *FACTORS)]
+        lines += ["", TITLES[reading], "", *_head("seeds", *LIMITS, "loss", "w", "factor", *FACTORS)]
         for bits, runs in start.items():
             percents = (cell(accuracies(runs, reading, factor).values()) for factor in FACTORS)
-            lines.append(_row("", "", bits, "untrained", "", len(runs), "", "", "", *percents))
+            lines.append(_row("", "", bits, "untrained", "", len(runs), *[""] * 6, *percents))
         for setting, runs in found.items():
             percents = (cell(accuracies(runs, reading, factor).values()) for factor in FACTORS)
-            left = f"{next(iter(runs.values()))['left']:.2f}"
+            lowest = limits(setting.T, setting.K, setting.bits, setting.bits_per).values()
             loss = cell((run["loss"]["matched"] for run in runs.values()), 3)
-            lines.append(_row(*_words(setting), len(runs), left, loss, cell(factors_of(runs), 3), *percents))
+            w, factor = (cell(factors_of(runs, name), 3) for name in ("ifm_weight", "ifm_factor"))
+            numbers = (f"{value:.2f}" for value in lowest)
+            lines.append(_row(*_words(setting), len(runs), *numbers, loss, w, factor, *percents))
         changes = []
         for setting, runs in found.items():
             for words, base in bases(setting).items():

@@ -273,6 +273,8 @@ def test_notes_say_what_to_expect():
     strong = notes("--method ifm", 126_689, 8)
     assert "IFM weighs an image's gradient at most 9.2059 where\n  the queue's mean is 0" in strong
     assert "to have an effect" not in strong and "weighs" not in notes("", 126_689, 8)
+    control = notes("--method ifm --match-ifm", 126_689, 8)
+    assert "T = 0.07 the factor of --match-ifm is at most 9.2059 where" in control and "weighs" not in control
     for flag in ("--epsilon 0.001", "--alpha 0"):
         words = notes(f"--method ifm --moco-k 131072 --moco-t 0.0725 {flag}", 126_689, 8)
         assert "to have an effect raise --epsilon or --alpha (README)" in " ".join(words.split())

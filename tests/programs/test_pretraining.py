@@ -267,7 +267,7 @@ def test_weights_without_a_gradient_are_left_out_of_its_norm(folders, tmp_path, 
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_control_of_ifm_takes_steps_of_about_its_length_along_info_nce(folders, tmp_path, world):
+def test_the_control_of_ifm_multiplies_the_gradient_of_info_nce_by_its_factor(folders, tmp_path, world):
     ifm = "--method", "ifm", "--epsilon", "0.5"
     runs = {"plain": (), "ifm": ifm, "control": (*ifm, "--match-ifm")}
     words = [word for word in TINY if word not in ("--method", "ifm")]
@@ -281,5 +281,5 @@ def test_the_control_of_ifm_takes_steps_of_about_its_length_along_info_nce(folde
     assert control["info_nce"] == with_ifm["info_nce"] == pytest.approx(plain["loss"], rel=1e-6)
     longer = control["grad_norm"] / plain["grad_norm"]  # of all processes: so is the factor
     assert longer == pytest.approx(control["ifm_factor"], rel=1e-5)
-    assert control["grad_norm"] == pytest.approx(with_ifm["grad_norm"], rel=0.05)
+    assert plain["grad_norm"] < with_ifm["grad_norm"] < 1.0001 * control["grad_norm"]  # not all parallel
     assert entries["control"][3]["loss"] != entries["plain"][3]["loss"]  # and they are taken

@@ -43,7 +43,9 @@ def results():
             measured["course"] = {"info_nce": [3.0, rng.uniform(2, 3)], "queue_mean": [0.1, 0.2]}
             if run["method"] != "infonce":
                 measured["course"]["ifm_factor"] = [1.0, rng.uniform(1.1, 1.3)]
-        found.append(run | measured)
+                measured["course"]["ifm_weight"] = [1.0, rng.uniform(1.2, 1.4)]
+        place = [run[name] for name in ("T", "K", "bits", "bits_per")] if run["trained"] else None
+        found.append(run | measured | (limits(*place) if place else {}))
     rng.shuffle(found)
     return found
 
@@ -114,20 +116,20 @@ def test_every_cell_of_the_table_is_of_its_runs(results):
         for bits in (0, 4):
             start = chosen(results, trained=False, bits=bits)
             cells = [cell(percents(start, reading, factor)) for factor in FACTORS]
-            assert values["", "", str(bits), "untrained", ""] == ["3", "", "", "", *cells]
+            assert values["", "", str(bits), "untrained", ""] == ["3", *[""] * 6, *cells]
         for T, K, per in itertools.product((0.07, 0.2), (64, 1024), ("image", "view")):
             place = {"T": T, "K": K, "bits": 4, "bits_per": per}
             words = str(T), str(K), "4 per view" if per == "view" else "4"
             runs = {method: chosen(results, **place, method=method) for method in GRID["method"]}
             for method, mine in runs.items():
                 epsilon = "0" if method == "infonce" else "0.5"
-                left, loss, factor = values[(*words, method, epsilon)][1:4]
-                assert left == f"{limits(T, K, 4, per)['left']:.2f}"
+                seeds, *lowest, loss, w, factor = values[(*words, method, epsilon)][:7]
+                assert seeds == "3" and lowest == [f"{v:.2f}" for v in limits(T, K, 4, per).values()]
                 assert loss == cell([run["loss"]["matched"] for run in mine], 3)
-                factors = [run["course"].get("ifm_factor", [1.0])[-1] for run in mine]
-                assert factor == cell(factors, 3)
+                for text, name in ((w, "ifm_weight"), (factor, "ifm_factor")):
+                    assert text == cell([run["course"].get(name, [1.0])[-1] for run in mine], 3)
                 cells = [cell(percents(mine, reading, factor)) for factor in FACTORS]
-                assert values[(*words, method, epsilon)][4:] == cells
+                assert values[(*words, method, epsilon)][7:] == cells
             pairs = {("ifm", "InfoNCE"): "infonce", ("ifm", "its control"): "match_ifm"}
             pairs["match_ifm", "InfoNCE"] = "infonce"
             for (method, less), base in pairs.items():
@@ -173,39 +175,59 @@ def lines(axis):
     return found
 
 
+def shares(points, K):
+    """The points with `left` as its share of that without bits, at T 0.07."""
+    return [(left / limits(0.07, K, 0)["left"], *others) for left, *others in points]
+
+
 def test_the_figure_shows_every_mean_and_interval(results):
     pytest.importorskip("matplotlib")
-    figure = figure_of(results)
-    titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles == [f"{f}, read in %" for f in FACTORS] + [f"{f}, change in points" for f in FACTORS]
-    curves = lines(figure.axes[1])
+    axes = figure_of(results).axes
     names = {
         ("image", 1024): "T 0.07",
         ("image", 64): "T 0.07, K 64",
         ("view", 64): "T 0.07, K 64, bits per view",
     }
-    for (per, K), name in names.items():
-        expected = []
-        for bits in (4, 0) if per == "image" else (4,):
-            mine = chosen(results, T=0.07, K=K, bits=bits, bits_per=per, method="infonce")
-            values = percents(mine, "own", "texture")
-            expected.append((limits(0.07, K, bits, per)["left"], np.mean(values), half(values)))
-        assert [pytest.approx(point, rel=1e-4) for point in expected] == curves[name]
-    effects = {tuple(np.round(point, 6)) for each in lines(figure.axes[5]).values() for point in each}
-    for setting in itertools.product((0.07, 0.2), (64, 1024), (0, 4), ("ifm", "match_ifm")):
-        place = dict(zip(("T", "K", "bits", "method"), setting, strict=True)) | {"bits_per": "image"}
-        one, two = chosen(results, **place), chosen(results, **(place | {"method": "infonce"}))
-        change = percents(one, "own", "color") - percents(two, "own", "color")
-        at = np.mean([run["course"]["ifm_factor"][-1] for run in one])
-        assert any(point == pytest.approx((at, np.mean(change), half(change)), rel=1e-3) for point in effects)
+    for axis, factor, as_share in zip(axes, ("shape", "shape", "color"), (False, True, True), strict=False):
+        assert axis.get_title(loc="left") == f"{factor}: linear accuracy, %"
+        curves = lines(axis)
+        for (per, K), name in names.items():
+            expected = []
+            for bits in (4, 0) if per == "image" else (4,):
+                mine = chosen(results, T=0.07, K=K, bits=bits, bits_per=per, method="infonce")
+                values = percents(mine, "own", factor)
+                expected.append((limits(0.07, K, bits, per)["left"], np.mean(values), half(values)))
+            expected = shares(expected, K) if as_share else expected
+            assert [pytest.approx(point, rel=1e-4) for point in expected] == curves[name]
+    columns = ("shape", "own"), ("shape", "shared"), ("color", "own")
+    for axis, (factor, reading) in zip(axes[3:], columns, strict=True):
+        assert axis.get_title(loc="left") == f"{factor}, {reading} bits: change, points"
+        effects = {tuple(point) for each in lines(axis).values() for point in each}
+        for setting in itertools.product((0.07, 0.2), (64, 1024), (0, 4)):
+            place = dict(zip(("T", "K", "bits"), setting, strict=True)) | {"bits_per": "image"}
+            of_ifm = chosen(results, **place, method="ifm")
+            at = np.mean([run["course"]["ifm_factor"][-1] for run in of_ifm])
+            for base, beside in (("infonce", at), ("match_ifm", 1.01 * at)):
+                two = chosen(results, **place, method=base)
+                change = percents(of_ifm, reading, factor) - percents(two, reading, factor)
+                expected = pytest.approx((beside, np.mean(change), half(change)), rel=1e-3)
+                assert any(point == expected for point in effects)
     plain = [run for run in results if run.get("method") in (None, "infonce")]
-    assert len(figure_of(plain).axes) == len(FACTORS)  # no effects to show
+    assert len(figure_of(plain).axes) == 3  # no effects to show
 
 
-def test_the_course_of_every_run_is_shown(results):
+def test_the_course_is_of_every_setting(results):
     pytest.importorskip("matplotlib")
-    loss, factor, mean = course_figure(results).axes
-    trained = [run for run in results if run["trained"]]
-    shown = {tuple(line.get_ydata()) for line in loss.lines}
-    assert shown == {tuple(run["course"]["info_nce"]) for run in trained} and len(mean.lines) == len(trained)
-    assert sum(len(line.get_ydata()) > 0 for line in factor.lines) == len(chosen(trained, epsilon=0.5))
+    axes = course_figure(results).axes
+    assert len(axes) == 2 * 3 and all(axis.get_visible() for axis in axes)
+    for row, bits in zip((axes[:3], axes[3:]), (0, 4), strict=True):
+        for axis, name in zip(row, ("info_nce", "ifm_factor", "queue_mean"), strict=True):
+            shown = [line.get_ydata() for line in axis.lines]
+            assert len(shown) == 2 * 2 * (2 if name == "ifm_factor" else 3)
+            for T, K, method in itertools.product((0.07, 0.2), (64, 1024), GRID["method"]):
+                mine = chosen(results, T=T, K=K, bits=bits, bits_per="image", method=method)
+                courses = [run["course"][name] for run in mine if name in run["course"]]
+                means = pytest.approx(np.mean(courses, axis=0)) if courses else None
+                assert not courses or any(values == means for values in shown)
+    plain = [run for run in results if run.get("method") in (None, "infonce")]
+    assert [axis.get_visible() for axis in course_figure(plain).axes] == [True, False, True] * 2
