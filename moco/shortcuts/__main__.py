@@ -91,7 +91,8 @@ def parse_args():
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     for word in others:
-        if (flag := word.partition("=")[0]) in SET:
+        flag = word.partition("=")[0] if word.startswith("--") else word[:2]  # -j4 is -j 4
+        if flag in SET:
             advice = f"give {SET[flag]}" if SET[flag] else "leave it out"
             raise UserError(f"{flag} is set for each run by the sweep itself: {advice}")
     if args.epsilon and set(args.method) == {INFONCE}:

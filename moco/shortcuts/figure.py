@@ -25,7 +25,7 @@ COURSE = {
 }
 COLORS, MARKERS = (BLUE, ORANGE, RED, GREEN, PURPLE, SKY), "os^Dv*"
 CHANCE, USUAL_K = 10, 1024  # percent; the size of the queue that labels do not name
-TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)  # of factors
+TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)  # of factors
 
 # Published accuracies, in percent, of the digit in MNIST's images with so many random bits, by T (Chen, Luo &
 # Li 2021, in the authors' notebook randbits_mnist.ipynb): SimCLR with batches of 1000, so 1998 negatives.
@@ -38,33 +38,37 @@ PUBLISHED = {
 
 
 def figure_of(results):
-    """matplotlib's Figure of at least one trained run. Above: the linear readout of shape and color with own
+    """matplotlib's Figure of at least one trained run. Above: the linear accuracy on shape and color with own
     bits after InfoNCE, of shape against the nats that only the picture can give and against their share of
     those without bits, of color against that share; dashed with the bits of one image for all. Below, if
-    there are such runs: how IFM changes three readouts, less InfoNCE and less its control, against IFM's
-    factor on the gradient.
+    there are such runs: how IFM changes that on shape, less InfoNCE and less its control, against IFM's
+    factor on the gradient, a panel for each number of bits.
     """
     found, start = settings_of(results), untrained(results)
-    looks, changed = _looks(found), any(len(bases(setting)) == 2 for setting in found)
+    looks, of_ifm = _looks(found), {each: found[each] for each in found if len(bases(each)) == 2}
     with own_style() as matplotlib:
-        figure = matplotlib.figure.Figure((WIDTH, 3.6 + 2.4 * changed), layout="constrained")
-        axes = figure.subplots(1 + changed, 3, squeeze=False)
+        figure = matplotlib.figure.Figure((WIDTH, 3.6 + 2.4 * bool(of_ifm)), layout="constrained")
+        parts = figure.subfigures(1 + bool(of_ifm), 1, squeeze=False)[:, 0]
+        axes = parts[0].subplots(1, 3)
         places = (("shape", False), ("shape", True), ("color", True))
-        for axis, (factor, as_share) in zip(axes[0], places, strict=True):
+        for axis, (factor, as_share) in zip(axes, places, strict=True):
             _draw_suppression(axis, found, start, factor, as_share, looks)
             axis.set_title(f"{factor}: linear accuracy, %")
             axis.set_xlabel("share of the nats left" if as_share else "nats left to the picture")
-        places = (("shape", "own"), ("shape", "shared"), ("color", "own"))
-        for axis, (factor, reading) in zip(axes[1], places, strict=True) if changed else ():
-            _draw_effects(axis, found, factor, reading, looks)
-            axis.set_title(f"{factor}, {reading} bits: change, points")
-            axis.set_xlabel("IFM's factor, last epoch")
-        handles = {}
-        for axis in axes[:, 0]:
-            handles |= {
-                label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-            }
-        figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
+        handles, labels = axes[0].get_legend_handles_labels()
+        lines = sorted(zip(labels, handles, strict=True), key=lambda each: not each[0].startswith("T "))
+        if of_ifm:
+            every = sorted({setting.bits for setting in of_ifm})
+            below = parts[1].subplots(1, len(every), squeeze=False, sharey=True)[0]
+            for axis, bits in zip(below, every, strict=True):
+                mine = {setting: runs for setting, runs in of_ifm.items() if setting.bits == bits}
+                _draw_effects(axis, mine, found, looks)
+                axis.set_title(f"shape at {bits} bits: change by IFM, points")
+                axis.set_xlabel("IFM's factor, last epoch")
+            handles, labels = below[0].get_legend_handles_labels()
+            lines += zip(labels, handles, strict=True)
+        labels, handles = zip(*lines, strict=True)
+        parts[0].legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -103,22 +107,18 @@ def _left(T, K, bits, as_share, bits_per="image"):
     return left / limits(T, K, 0)["left"] if as_share else left
 
 
-def _draw_effects(axis, found, factor, reading, looks):
-    of_ifm = {setting: runs for setting, runs in found.items() if len(bases(setting)) == 2}
-    sizes = {bits: 3 + 3 * n for n, bits in enumerate(sorted({setting.bits for setting in of_ifm}))}
+def _draw_effects(axis, of_ifm, found, looks):
     for setting, runs in of_ifm.items():
         at = interval(factors_of(runs))[0]
-        look = looks[setting.T, setting.K] | {"markersize": sizes[setting.bits], "linewidth": 0.8}
+        look = looks[setting.T, setting.K] | {"markersize": 4, "linewidth": 0.8, "linestyle": ""}
         for base, face in zip(bases(setting).values(), ({}, {"markerfacecolor": "white"}), strict=True):
-            if changes := differences(runs, found.get(base, {}), reading, factor):
+            if changes := differences(runs, found.get(base, {}), "own", "shape"):
                 mean, half = interval(changes)
-                axis.errorbar([at], [mean], yerr=_bars([half]), capsize=2, linestyle="", **look | face)
+                axis.errorbar([at], [mean], yerr=_bars([half]), capsize=2, **look | face)
                 at *= 1.01  # beside it
-    gray = {"linestyle": "", "color": GRAY, "marker": "o"}
-    axis.plot([], [], markersize=4, label="IFM - InfoNCE", **gray)
-    axis.plot([], [], markersize=4, markerfacecolor="white", label="IFM - its control", **gray)
-    for bits, size in sizes.items():
-        axis.plot([], [], markersize=size, label=f"{bits} bits", **gray)
+    for label, face in (("IFM - InfoNCE", GRAY), ("IFM - its control", "white")):
+        look = {"color": GRAY, "marker": "o", "markersize": 4, "markerfacecolor": face}
+        axis.plot([], [], linestyle="", label=label, **look)
     axis.axhline(0, color=BLACK, linewidth=0.8)
     _show_factors(axis, "x")
 
@@ -144,10 +144,13 @@ def course_figure(results):
                         axis.plot(range(1, len(means) + 1), means, style, color=look["color"], linewidth=0.8)
                 axis.set_title(f"{bits} bits: {title}")
                 axis.set_visible(bool(axis.lines))
-                if name == "ifm_factor":
-                    _show_factors(axis, "y")
-        for axis in axes[-1]:
-            axis.set_xlabel("epochs")
+        for name, column in zip(COURSE, axes.T, strict=True):
+            drawn = [axis for axis in column if axis.get_visible()]
+            if name == "ifm_factor" and drawn:
+                _show_factors(drawn[0], "y")
+            for axis in drawn[-1:]:
+                axis.set_xlabel("epochs")
+                axis.tick_params(labelbottom=True)
         lines = {_name(T, K): {"color": look["color"]} for (T, K), look in looks.items()}
         styles = {"InfoNCE": INFONCE, "IFM": "ifm", "its control": f"{MATCH}ifm"}
         lines |= {name: {"color": GRAY, "linestyle": _line(method)} for name, method in styles.items()}

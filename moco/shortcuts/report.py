@@ -73,7 +73,7 @@ def untrained(results):
     """{bits: {seed: run}} of the networks before training, sorted."""
     found = {}
     for run in results:
-        if not run["trained"]:
+        if not run["trained"] and not run.get("diverged"):
             found.setdefault(run["bits"], {})[run["seed"]] = run
     return dict(sorted(found.items()))
 
@@ -153,7 +153,7 @@ def table(results):
         if changes:
             lines += ["", DIFFERENCES, "", *_head("seeds", "less", *FACTORS), *changes]
     trained = [run for run in results if run["trained"]]
-    diverged = [run["name"] for run in trained if run.get("diverged")]
+    diverged = [run["name"] for run in results if run.get("diverged")]
     unlearned = [run["name"] for run in trained if not run.get("diverged") and not learned(run)]
     lines += ["", f"Diverged and left out: {', '.join(diverged)}"] if diverged else []
     if unlearned:

@@ -156,6 +156,7 @@ def test_runs_are_every_combination_named_by_all_digits(tmp_path, sweep, line_fo
         (["--match-ifm"], "itself: give --method match_ifm"),
         (["--alpha=2"], "--alpha is set for each run by the sweep itself: leave it out"),
         (["--workers", "4"], "--workers is set for each run"),
+        (["-j4"], "-j is set for each run"),
         (["--start-epoch", "1"], "--start-epoch is set for each run"),
         (["--pretrained", "ifm-eps0.1"], "--pretrained is set for each run"),
         (["--image-size", "4"], "--image-size"),
