@@ -1,5 +1,6 @@
 """The study's numbers are those of the runs in .results/, and its bounds those of moco.losses."""
 
+import json
 import re
 from pathlib import Path
 from statistics import fmean
@@ -81,7 +82,7 @@ def effects():
     """The README's table of what IFM changes, as rows: means over methods and epsilon."""
     pairs = [(readout, less) for readout in READOUTS for less in BASES]
     columns = [f"{readout}, - {less}" for readout, less in pairs]
-    found = [row("T, bits", "factor", "control's", *columns), row(*["---"] * 9)]
+    found = [row("T, bits", "seeds", "factor", "control's", *columns), row(*["---"] * 10)]
     for T, bits in sorted({(setting.T, setting.bits) for setting in ifm_settings()}):
         mine = ifm_settings(T=T, bits=bits)
         controls = [bases(setting)["its control"] for setting in mine]
@@ -90,7 +91,7 @@ def effects():
             factors = [interval(factors_of(RUNS[setting]))[0] for setting in settings]
             spans.append(f"{min(factors):.2f} to {max(factors):.2f}")
         changes = [mean_change(mine, *READOUTS[readout], BASES[less]) for readout, less in pairs]
-        found.append(row(f"{T}, {bits}", *spans, *changes))
+        found.append(row(f"{T}, {bits}", len(seeds_of(mine)), *spans, *changes))
     return found
 
 
@@ -99,15 +100,21 @@ def ifm_settings(**place):
     return [each for each in RUNS if len(bases(each)) == 2 and place.items() <= each._asdict().items()]
 
 
+def seeds_of(settings):
+    """The seeds of which all of the Settings and all their bases have runs, sorted."""
+    compared = {*settings, *(base for setting in settings for base in bases(setting).values())}
+    seeds = set.intersection(*(set(RUNS[each]) for each in compared))
+    assert seeds >= {0, 1, 2}
+    return sorted(seeds)
+
+
 def mean_change(settings, factor, reading, less):
     """The mean over Settings of an accuracy less that of their bases, in points, with the interval of the
-    seeds' means, of the seeds that all of them have.
+    seeds' means.
     """
     pairs = [(RUNS[setting], RUNS[bases(setting)[less]]) for setting in settings]
-    seeds = set.intersection(*(set(runs) for pair in pairs for runs in pair))
-    assert seeds >= {0, 1, 2}
     means = []
-    for seed in sorted(seeds):
+    for seed in seeds_of(settings):
         percents = ([accuracies(runs, reading, factor)[seed] for runs in pair] for pair in pairs)
         means.append(fmean(one - two for one, two in percents))
     return cell(means, sign="+")
@@ -118,16 +125,19 @@ def plain(T, bits, K=1024, per="image"):
 
 
 def misses(x_of):
-    """By how many points, root mean square, the best rising curve over x_of(setting) misses the means of the
-    shape, read with own bits, after InfoNCE.
+    """By how many points, root mean square, the best rising curve over x_of(setting) of all other settings
+    misses the mean accuracy on shape, read with own bits, after InfoNCE.
     """
     settings = [each for each in RUNS if each.method == "infonce" and each.bits_per == "image"]
-    x = [x_of(setting) for setting in settings]
+    x = np.array([x_of(setting) for setting in settings])
     y = np.array([fmean(accuracies(RUNS[setting], "own", "shape").values()) for setting in settings])
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    means = np.bincount(place, y) / counts
-    curve = isotonic_regression(means, weights=counts.astype(float)).x
-    return np.sqrt(np.mean((y - curve[place]) ** 2))
+    found = []
+    for out in range(len(x)):
+        others, place, counts = np.unique(np.delete(x, out), return_inverse=True, return_counts=True)
+        means = np.bincount(place, np.delete(y, out)) / counts
+        curve = isotonic_regression(means, weights=counts.astype(float)).x
+        found.append(y[out] - np.interp(x[out], others, curve))
+    return np.sqrt(np.mean(np.square(found)))
 
 
 def left_of(setting):
@@ -169,38 +179,102 @@ def test_every_run_is_recorded_once_and_whole(folder):
     assert max(sizes) < 4000  # bytes
 
 
-def test_the_sentences_are_of_the_runs():
-    text, front = (" ".join(each.split()) for each in (README, FRONT))
-    mine = ifm_settings(T=0.07, bits=4)
-    controls = [bases(setting)["its control"] for setting in mine]
-    more, than_control = (mean_change(mine, "shape", "own", less) for less in BASES.values())
-    before, after = (fmean(accuracies(plain(0.07, bits), "own", "shape").values()) for bits in (0, 4))
-    losing = Setting(0.07, 1024, 8, "image", "ifm_only", 0.5)
-    others = [setting for setting in ifm_settings(T=0.07, bits=8) if setting != losing]
-    ends = [
-        fmean(run["loss"]["matched"] for run in RUNS[setting].values())
-        for setting in (bases(losing)["its control"], losing)
+def span(values, sign="", digits=1):
+    return f"{min(values):{sign}.{digits}f} to {max(values):{sign}.{digits}f}"
+
+
+def test_the_sentences_about_ifm_are_of_the_runs():
+    cases = [(T, bits) for T in (0.07, 0.1) for bits in (4, 8)]
+    settings = {case: ifm_settings(T=case[0], bits=case[1]) for case in cases}
+    changes = [change_of(mean_change(each, "shape", "own", "InfoNCE")) for each in settings.values()]
+    assert all(abs(mean) <= half for mean, half in changes)
+    means = {
+        case: fmean(accuracies(plain(*case), "own", "shape").values())
+        for case in [(0.07, 0), (0.1, 0), *cases]
+    }
+    taken = [means[T, 0] - means[T, bits] for T, bits in cases]
+    change, taken = span([mean for mean, _ in changes], "+"), span(taken, digits=0)
+    factors = [interval(factors_of(RUNS[one]))[0] for each in settings.values() for one in each]
+    outside = [
+        row.startswith("| 0.2,")
+        for row in effects()[2:]
+        for mean, half in map(change_of, row.split(" | ")[4:])
+        if abs(mean) > half
     ]
-    changes = re.findall(r"\| ([+-][\d.]+) ± ([\d.]+)", "\n".join(effects()))
-    outside = sum(abs(float(mean)) > float(half) for mean, half in changes)
-    view = cell(accuracies(plain(0.1, 12, per="view"), "own", "shape").values())
-    for words in (
-        f"{more} of {before - after:.0f} points in one of four cases",
-        f"by {more} points, of {before - after:.0f} that the bits take, and against its control by "
-        f"{than_control};",
-        f"(the control has {mean_change(controls, 'shape', 'own', 'InfoNCE')} over InfoNCE)",
-        f"Of the {len(changes)} intervals of the table {outside} leave out 0",
-        f"without it IFM less its control is {mean_change(others, 'color', 'own', 'its control')}",
+    losing = {bits: Setting(0.07, 1024, bits, "image", "match_ifm_only", 0.5) for bits in (4, 8)}
+    pairs = [losing[8], losing[8]._replace(method="ifm_only")]
+    ends = [fmean(run["loss"]["matched"] for run in RUNS[each].values()) for each in pairs]
+    others = {
+        bits: [one for one in settings[0.07, bits] if bases(one)["its control"] != losing[bits]]
+        for bits in losing
+    }
+    bad = [mean_change([losing[bits]], what, "own", "InfoNCE") for bits, what in ((4, "shape"), (8, "color"))]
+    good = [
+        mean_change(others[bits], what, "own", "its control") for bits, what in ((4, "shape"), (8, "color"))
+    ]
+    assert_says(
+        README,
+        f"the accuracy changes by {change} points in the means of four cases, of {taken} that the bits take",
+        f"factors of {span(factors, digits=2)}), the linear accuracy on shape changes by {change} points in "
+        f"the means of the four cases, of {taken} that the bits take, and in none by more than its interval.",
+        f"Of the 36 intervals of the table {len(outside)} leave out 0 (",
+        f"share runs), {sum(outside)} of them at T 0.2",
+        f"it has {bad[0]} on shape against InfoNCE with 4 bits, and {bad[1]} on color with 8",
         f"its InfoNCE ends at {ends[0]:.2f}, IFM's at {ends[1]:.2f}",
-        f"the encoders reach {view} % on the shape",
-        f"misses the accuracies of all settings by {misses(share_of):.1f} points (root mean square), "
-        f"against the nats by {misses(left_of):.1f}, against the number of bits by "
-        f"{misses(lambda setting: -setting.bits):.1f}",
-    ):
-        assert words in text
-    assert f"by {more} points in one of four cases" in front
+        f"IFM less its control is {good[0]} on shape with 4 bits, and {good[1]} on color with 8",
+    )
+    assert_says(FRONT, f"by {change} points in the means of four cases, of {taken} that the bits take")
+
+
+def test_the_other_sentences_are_of_the_runs():
+    views = {b: accuracies(plain(0.1, b, per="view"), "own", "shape").values() for b in (4, 8, 12)}
+    shown = [f"{fmean(values):.0f}" for values in views.values()]
+    courses = {
+        (setting.T, setting.bits): [run["course"]["queue_mean"] for run in runs.values()]
+        for setting, runs in RUNS.items()
+        if (setting.method, setting.bits_per, setting.K) == ("infonce", "image", 1024)
+    }
+    ends = {place: f"{fmean(course[-1] for course in each):.2f}" for place, each in courses.items()}
+    assert {ends[place] for place in ends if place[1] >= 8} <= {"0.01", "0.02"}
+    highest = max(value for each in courses.values() for course in each for value in course)
+    cold = [
+        run["course"]["queue_mean"]
+        for setting, runs in RUNS.items()
+        if setting.T == 0.2
+        for run in runs.values()
+    ]
+    first = [
+        run["course"]["ifm_factor"][0] for runs in RUNS.values() for run in runs.values() if run["epsilon"]
+    ]
+    plainly, *steps = map(json.loads, (ROOT / ".results" / "first_steps.jsonl").read_text().splitlines())
+    longer = [step["grad_norm"] / plainly["grad_norm"] for step in steps]
+    assert_says(
+        README,
+        f"({shown[0]}, {shown[1]} and {shown[2]} % at 4, 8 and 12 bits)",
+        f"the encoders reach {cell(views[12])} % on the shape",
+        f"misses a setting by {misses(share_of):.1f} points (root mean square), "
+        f"by {misses(left_of):.1f} over the nats, "
+        f"and by {misses(lambda setting: -setting.bits):.1f} over the number of bits",
+        f"is at most {highest:.2f}, early, and ends at {ends[0.2, 0]} (T 0.2), {ends[0.1, 0]} (T 0.1) and "
+        f"{ends[0.07, 0]} (T 0.07) without bits",
+        f"at T 0.2 |mu| is at most {max(map(max, cold)):.2f}, early",
+        f"factor is up to {max(first):.1f} in the mean of the first epoch",
+        f"lengthened the gradient {span(longer)} times, and the factor was "
+        f"{span([step['ifm_factor'] for step in steps])} (",
+    )
     for folder in FOLDERS:
         assert all(learned(run) for run in read_results(folder) if run["trained"])
+
+
+def assert_says(text, *phrases):
+    text = " ".join(text.split())
+    for words in phrases:
+        assert words in text, words
+
+
+def change_of(cell):
+    """(mean, half) of a cell as "+1.0 ± 2.0"."""
+    return tuple(map(float, cell.strip("| ").split(" ± ")))
 
 
 def test_what_is_cited_is_there():
