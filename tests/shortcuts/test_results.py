@@ -89,7 +89,7 @@ def effects():
         spans = []
         for settings in (mine, controls):
             factors = [interval(factors_of(RUNS[setting]))[0] for setting in settings]
-            spans.append(f"{min(factors):.2f} to {max(factors):.2f}")
+            spans.append(span(factors, digits=2) if len(factors) > 1 else f"{factors[0]:.2f}")
         changes = [mean_change(mine, *READOUTS[readout], BASES[less]) for readout, less in pairs]
         found.append(row(f"{T}, {bits}", len(seeds_of(mine)), *spans, *changes))
     return found
