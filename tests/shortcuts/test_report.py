@@ -200,6 +200,14 @@ def test_the_figure_shows_every_mean_and_interval(results):
                 expected.append((limits(0.07, K, bits, per)["left"], np.mean(values), half(values)))
             expected = shares(expected, K) if as_share else expected
             assert [pytest.approx(point, rel=1e-4) for point in expected] == curves[name]
+        drawn = [(line.get_linestyle(), list(line.get_ydata())) for line in axis.lines]
+        for dashes, reading, place in (
+            ("--", "shared", {"method": "infonce", "T": 0.07, "K": 64}),
+            (":", "own", {}),
+        ):
+            place |= {"bits_per": "image"} if place else {"trained": False}
+            means = [np.mean(percents(chosen(results, bits=b, **place), reading, factor)) for b in (4, 0)]
+            assert any(style == dashes and y == pytest.approx(means) for style, y in drawn)
     assert len(axes) == 3 + 2
     for axis, bits in zip(axes[3:], (0, 4), strict=True):
         assert axis.get_title(loc="left") == f"shape at {bits} bits: change by IFM, points"
@@ -227,13 +235,14 @@ def test_the_course_is_of_every_setting(results):
     assert len(axes) == 2 * 3 and all(axis.get_visible() for axis in axes)
     for row, bits in zip((axes[:3], axes[3:]), (0, 4), strict=True):
         for axis, name in zip(row, ("info_nce", "ifm_factor", "queue_mean"), strict=True):
-            shown = [line.get_ydata() for line in axis.lines]
+            shown = [(line.get_linestyle(), line.get_ydata()) for line in axis.lines]
             assert len(shown) == 2 * 2 * (2 if name == "ifm_factor" else 3)
             for T, K, method in itertools.product((0.07, 0.2), (64, 1024), GRID["method"]):
                 mine = chosen(results, T=T, K=K, bits=bits, bits_per="image", method=method)
                 courses = [run["course"][name] for run in mine if name in run["course"]]
                 means = pytest.approx(np.mean(courses, axis=0)) if courses else None
-                assert not courses or any(values == means for values in shown)
+                style = {"infonce": "-", "ifm": "--", "match_ifm": ":"}[method]
+                assert not courses or any(dashes == style and y == means for dashes, y in shown)
     few = [run for run in results if run["bits"] or run.get("method") in (None, "infonce")]
     axes = course_figure(few).axes
     assert [axis.get_visible() for axis in axes] == [True, False, True, True, True, True]
