@@ -20,8 +20,11 @@ def test_cores_respect_affinity_and_control_group(tmp_path, quota, cores):
 
 def test_peak_memory_is_that_of_the_process_in_megabytes():
     def main():
-        held = [torch.ones(100_000_000)]  # beyond the peak of the process that was forked
-        before = peak_megabytes(torch.device("cpu"))
+        held, start = [], peak_megabytes(torch.device("cpu"))
+        before = start
+        while before == start:  # until beyond the peak of the process that was forked
+            held.append(torch.ones(25_000_000))
+            before = peak_megabytes(torch.device("cpu"))
         held.append(torch.ones(50_000_000))
         print(peak_megabytes(torch.device("cpu")) - before)
 

@@ -85,9 +85,8 @@ def line_for_runs(monkeypatch):
             made = real(*arguments)
             readout = {"own": {factor: {"accuracy": 50.0, "converged": True} for factor in FACTORS}}
             loss = {"training": 2.0, "matched": 2.0, "mismatched": 4.0}
-            found = json.dumps(
-                {"readout": readout, "loss": loss, "course": {"info_nce": [2.0], "ifm_factor": [1.5]}}
-            )
+            course = {"info_nce": [2.0], "ifm_factor": [1.5], "ifm_weight": [1.6]}
+            found = json.dumps({"readout": readout, "loss": loss, "course": course})
             measured = f"open({str(made.folder / 'measured.json')!r}, 'w').write({found!r})"
             line = next((line for word, line in lines.items() if word in made.name), MEASURED)
             return Job(made.run, made.folder, [["-c", line.replace(MEASURED, measured)]])

@@ -32,10 +32,10 @@ def test_a_fit_is_scikit_learns(weight_decay):
         features.numpy(), targets.numpy()
     )
     assert length <= probe.TOLERANCE
-    np.testing.assert_allclose(theta[:, :-1], other.coef_, atol=2e-4)
-    np.testing.assert_allclose(theta[:, -1], other.intercept_ - other.intercept_.mean(), atol=2e-3)
+    np.testing.assert_allclose(theta[:, :-1], other.coef_, atol=1e-3)
+    np.testing.assert_allclose(theta[:, -1], other.intercept_ - other.intercept_.mean(), atol=1e-2)
     elsewhere, _ = fit(with_ones(features), targets, 4, 2 * weight_decay)  # negative control
-    assert not np.allclose(elsewhere[:, :-1], other.coef_, atol=2e-4)
+    assert not np.allclose(elsewhere[:, :-1], other.coef_, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e4, 0.0])
