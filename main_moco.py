@@ -221,7 +221,7 @@ def train_one_epoch(ddp, model, optimizer, scaler, loader, augment, meters, log,
         optimizer.zero_grad()
         if args.method and (printed or args.match_ifm):
             lengthened, length = rank.all_reduce(losses.gradient_lengths(image_losses, *ifm))
-        if args.match_ifm:  # the control: InfoNCE with a step as much longer
+        if args.match_ifm:  # the control: InfoNCE times IFM's factor
             scaler.scale(loss * (lengthened / length)).backward()
         else:
             scaler.scale(loss).backward()
