@@ -68,7 +68,8 @@ def opened(out, settings):
     except BrokenPipeError:  # the reader of our output has gone
         raise
     except OSError as error:
-        raise UserError(f"cannot write to --out {out} ({error.strerror}); make room there") from error
+        message = f"cannot write to --out {out} ({error.strerror}); make room, or choose another place"
+        raise UserError(message) from error
 
 
 def read_results(out):
