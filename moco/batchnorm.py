@@ -105,7 +105,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mean, rstd):
         ctx.save_for_backward(x, weight, mean, rstd)
         y = (_wide(x) - mean) * rstd * weight[:, None, None] + bias[:, None, None]
-        return y.to(x.dtype)
+        return _narrow(y, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -115,11 +115,16 @@ class _Normalize(torch.autograd.Function):
         of_weight = (g * xhat).sum((0, 3, 4), keepdim=True)
         m = x.numel() // mean.numel()
         dx = weight[:, None, None] * rstd * (g - (of_bias + xhat * of_weight) / m)
-        return dx.to(x.dtype), of_weight.sum((0, 1, 3, 4)), of_bias.sum((0, 1, 3, 4)), None, None
+        return _narrow(dx, x.dtype), of_weight.sum((0, 1, 3, 4)), of_bias.sum((0, 1, 3, 4)), None, None
 
 
 def _wide(x):
-    return x if x.dtype == torch.float64 else x.float()
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _narrow(y, dtype):
+    # without a call that changes nothing, for which torch 2.11 compiles a gradient of zeros
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def split_batchnorm(module, splits):
