@@ -35,7 +35,7 @@ FIXED = "--mlp --cos --resize pil --device-aug off --workers 0 --cache decoded -
 # Flags of main_moco.py that a sweep sets itself, and what to give instead, or nothing.
 SET = {"--seed": "--seeds", "--random-bits": "--bits", "--output-dir": "--out", "--resume": None}
 SET |= {"--match-ifm": "--method match_ifm", "--alpha": None, "--dataset": None, "--images": None}
-SET |= {"--pretrained": None, "--start-epoch": None}
+SET |= dict.fromkeys(["--pretrained", "--start-epoch", "--dataset-root", "--dataset_root", "--schedule"])
 SET |= dict.fromkeys(["-j", "-p", *(word for word in FIXED.split() if word.startswith("--"))])
 EPSILON = [0.1, 0.5]
 # Settings that differ between runs

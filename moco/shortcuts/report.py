@@ -122,7 +122,7 @@ def cell(values, digits=1, sign=""):
     mean, half = interval(list(values))
     if math.isnan(mean):
         return ""
-    text = f"{mean:{sign}.{digits}f}"
+    text = f"{round(mean, digits) + 0.0:{sign}.{digits}f}"  # -0.0 + 0.0 is 0.0
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 

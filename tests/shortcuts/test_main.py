@@ -157,6 +157,8 @@ def test_runs_are_every_combination_named_by_all_digits(tmp_path, sweep, line_fo
         (["--workers", "4"], "--workers is set for each run"),
         (["-j4"], "-j is set for each run"),
         (["--start-epoch", "1"], "--start-epoch is set for each run"),
+        (["--dataset_root", "ROOT"], "--dataset_root is set for each run"),
+        (["--schedule", "1"], "--schedule is set for each run by the sweep itself: leave it out"),
         (["--pretrained", "ifm-eps0.1"], "--pretrained is set for each run"),
         (["--image-size", "4"], "--image-size"),
         (["-a", "resnet19"], "torchvision has no classification model 'resnet19'"),

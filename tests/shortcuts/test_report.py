@@ -105,6 +105,7 @@ def test_an_interval_is_scipys():
     assert 1 < interval(many)[1] / half(many) < 1.03  # beyond the table a little too wide
     assert math.isnan(interval([2.0])[1])
     assert (cell([1, 2]), cell([1.0], 2, "+"), cell([])) == ("1.5 ± 6.4", "+1.00", "")
+    assert cell([-0.04, -0.02], sign="+") == "+0.0 ± 0.1"  # no sign of what is rounded away
     assert [number(v) for v in (0, 0.1, 1e-7, 4)] == ["0", "0.1", "1e-07", "4"]
 
 

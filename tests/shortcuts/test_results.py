@@ -1,7 +1,9 @@
 """The study's numbers are those of the runs in .results/, and its bounds those of moco.losses."""
 
 import json
+import math
 import re
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -10,6 +12,7 @@ import pytest
 from scipy.optimize import isotonic_regression
 
 from moco.losses import weight_bounds
+from moco.shortcuts import __main__ as shortcuts
 from moco.shortcuts.report import (
     Setting,
     accuracies,
@@ -90,8 +93,9 @@ def effects():
         for settings in (mine, controls):
             factors = [interval(factors_of(RUNS[setting]))[0] for setting in settings]
             spans.append(span(factors, digits=2) if len(factors) > 1 else f"{factors[0]:.2f}")
-        changes = [mean_change(mine, *READOUTS[readout], BASES[less]) for readout, less in pairs]
-        found.append(row(f"{T}, {bits}", len(seeds_of(mine)), *spans, *changes))
+        changes = [changes_of(mine, *READOUTS[readout], BASES[less]) for readout, less in pairs]
+        cells = [cell(values, sign="+") for values in changes]
+        found.append(row(f"{T}, {bits}", len(seeds_of(mine)), *spans, *cells))
     return found
 
 
@@ -108,27 +112,26 @@ def seeds_of(settings):
     return sorted(seeds)
 
 
-def mean_change(settings, factor, reading, less):
-    """The mean over Settings of an accuracy less that of their bases, in points, with the interval of the
-    seeds' means.
-    """
+def changes_of(settings, factor, reading, less):
+    """For each seed the mean over Settings of an accuracy less that of their bases, in points."""
     pairs = [(RUNS[setting], RUNS[bases(setting)[less]]) for setting in settings]
     means = []
     for seed in seeds_of(settings):
         percents = ([accuracies(runs, reading, factor)[seed] for runs in pair] for pair in pairs)
         means.append(fmean(one - two for one, two in percents))
-    return cell(means, sign="+")
+    return means
 
 
 def plain(T, bits, K=1024, per="image"):
     return RUNS[Setting(T, K, bits, per, "infonce", 0.0)]
 
 
-def misses(x_of):
-    """By how many points, root mean square, the best rising curve over x_of(setting) of all other settings
-    misses the mean accuracy on shape, read with own bits, after InfoNCE.
+def misses(x_of, temperatures=(0.07, 0.1, 0.2)):
+    """By how many points, root mean square, an increasing curve over x_of(setting), fitted to all settings
+    but one, misses that one's mean accuracy on shape, read with own bits, after InfoNCE.
     """
     settings = [each for each in RUNS if each.method == "infonce" and each.bits_per == "image"]
+    settings = [each for each in settings if each.T in temperatures]
     x = np.array([x_of(setting) for setting in settings])
     y = np.array([fmean(accuracies(RUNS[setting], "own", "shape").values()) for setting in settings])
     found = []
@@ -148,6 +151,10 @@ def share_of(setting):
     return left_of(setting) / left_of(setting._replace(bits=0))
 
 
+def bits_of(setting):
+    return -setting.bits
+
+
 @pytest.mark.parametrize("table_of", [suppression, queues, effects])
 def test_the_tables_are_of_the_runs(table_of):
     expected = "\n".join(table_of())
@@ -164,6 +171,8 @@ def test_the_bounds_are_those_of_the_losses():
         for text, bound in zip(cells, most, strict=True):
             digits = len(text.partition(".")[2])
             assert float(text.replace(",", "")) == pytest.approx(bound, abs=0.51 * 10**-digits)
+    solved = 1 + 0.5 / math.expm1(5)
+    assert_says(README, f"an image with an InfoNCE of 5 has a weight of at most {solved:.4f}")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -186,56 +195,103 @@ def span(values, sign="", digits=1):
 def test_the_sentences_about_ifm_are_of_the_runs():
     cases = [(T, bits) for T in (0.07, 0.1) for bits in (4, 8)]
     settings = {case: ifm_settings(T=case[0], bits=case[1]) for case in cases}
-    changes = [change_of(mean_change(each, "shape", "own", "InfoNCE")) for each in settings.values()]
-    assert all(abs(mean) <= half for mean, half in changes)
+    changes = {
+        less: [interval(changes_of(mine, "shape", "own", BASES[less])) for mine in settings.values()]
+        for less in BASES
+    }
+    of_controls = [
+        interval(np.subtract(*(changes_of(mine, "shape", "own", each) for each in BASES.values())))
+        for mine in settings.values()
+    ]
+    assert all(abs(mean) <= half for mean, half in [*changes["InfoNCE"], *of_controls])
+    gains = sorted(mean + half for mean, half in changes["InfoNCE"])
     means = {
         case: fmean(accuracies(plain(*case), "own", "shape").values())
         for case in [(0.07, 0), (0.1, 0), *cases]
     }
-    taken = [means[T, 0] - means[T, bits] for T, bits in cases]
-    change, taken = span([mean for mean, _ in changes], "+"), span(taken, digits=0)
+    taken = span([means[T, 0] - means[T, bits] for T, bits in cases], digits=0)
+    change, control = (span([mean for mean, _ in each], "+") for each in (changes["InfoNCE"], of_controls))
     factors = [interval(factors_of(RUNS[one]))[0] for each in settings.values() for one in each]
-    outside = [
-        row.startswith("| 0.2,")
-        for row in effects()[2:]
-        for mean, half in map(change_of, row.split(" | ")[4:])
-        if abs(mean) > half
+    every = [
+        (T, *interval(changes_of(ifm_settings(T=T, bits=bits), *READOUTS[readout], BASES[less])))
+        for T, bits in sorted({(setting.T, setting.bits) for setting in ifm_settings()})
+        for readout in READOUTS
+        for less in BASES
     ]
+    outside = [T for T, mean, half in every if abs(mean) > half]
     losing = {bits: Setting(0.07, 1024, bits, "image", "match_ifm_only", 0.5) for bits in (4, 8)}
     pairs = [losing[8], losing[8]._replace(method="ifm_only")]
     ends = [fmean(run["loss"]["matched"] for run in RUNS[each].values()) for each in pairs]
+    last = [interval(factors_of(RUNS[each]))[0] for each in pairs]
+    places = ((4, "shape"), (8, "color"))
+    bad = [changes_of([losing[bits]], what, "own", "InfoNCE") for bits, what in places]
     others = {
         bits: [one for one in settings[0.07, bits] if bases(one)["its control"] != losing[bits]]
         for bits in losing
     }
-    bad = [mean_change([losing[bits]], what, "own", "InfoNCE") for bits, what in ((4, "shape"), (8, "color"))]
-    good = [
-        mean_change(others[bits], what, "own", "its control") for bits, what in ((4, "shape"), (8, "color"))
-    ]
+    good = [changes_of(others[bits], what, "own", "its control") for bits, what in places]
+    bad, good = ([cell(values, sign="+") for values in each] for each in (bad, good))
     assert_says(
         README,
-        f"the accuracy changes by {change} points in the means of four cases, of {taken} that the bits take",
+        f"the accuracy changes by {change} points in the means of four cases, of {taken} that the bits take; "
+        f"gains of more than {gains[2]:.1f} points are excluded in three of them.",
         f"factors of {span(factors, digits=2)}), the linear accuracy on shape changes by {change} points in "
-        f"the means of the four cases, of {taken} that the bits take, and in none by more than its interval.",
-        f"Of the 36 intervals of the table {len(outside)} leave out 0 (",
-        f"share runs), {sum(outside)} of them at T 0.2",
+        f"the means of the four cases, of {taken} that the bits take, and in none by more than its interval; "
+        f"gains of more than {gains[2]:.1f} points are excluded in three of them, and of more than "
+        f"{gains[3]:.1f} in the other.",
+        f"changed shape by {control} points, none more than its interval",
+        f"Of the {len(every)} intervals of the table {len(outside)} leave out 0 (",
+        f"share runs), {outside.count(0.2)} of them at T 0.2",
         f"it has {bad[0]} on shape against InfoNCE with 4 bits, and {bad[1]} on color with 8",
-        f"its InfoNCE ends at {ends[0]:.2f}, IFM's at {ends[1]:.2f}",
-        f"IFM less its control is {good[0]} on shape with 4 bits, and {good[1]} on color with 8",
+        f"its factor ends at {last[0]:.2f}, IFM's at {last[1]:.2f}",
+        f"its InfoNCE at {ends[0]:.2f}, IFM's at {ends[1]:.2f}",
+        f"control is {good[0]} on shape with 4 bits, and {good[1]} on color with 8",
     )
-    assert_says(FRONT, f"by {change} points in the means of four cases, of {taken} that the bits take")
+    assert_says(
+        FRONT,
+        f"by {change} points in the means of four cases, of {taken} that the bits take; gains of more than "
+        f"{gains[2]:.1f} points are excluded in three",
+    )
 
 
-def test_the_other_sentences_are_of_the_runs():
+def test_the_sentences_about_suppression_are_of_the_runs():
+    def means(bits, reading="own"):
+        return [fmean(accuracies(plain(T, bits), reading, "shape").values()) for T in (0.07, 0.1, 0.2)]
+
     views = {b: accuracies(plain(0.1, b, per="view"), "own", "shape").values() for b in (4, 8, 12)}
-    shown = [f"{fmean(values):.0f}" for values in views.values()]
+    shared, before = means(12, "shared"), fmean(accuracies(untrained(STUDY)[12], "shared", "shape").values())
+    assert 1.9 < shared[1] / before < 2.4  # "twice"
+    color = interval(accuracies(plain(0.1, 12), "own", "color").values())
+    color_before = interval(accuracies(untrained(STUDY)[12], "own", "color").values())
+    assert abs(color[0] - color_before[0]) < min(color[1], color_before[1])  # "what it is before training"
+    low = (0.07, 0.1)  # temperatures
+    cold = Setting(0.2, 1024, 12, "image", "infonce", 0.0)
+    assert_says(
+        README,
+        f"from {span(means(0), digits=0)} % to {span(means(12), digits=0)} % (chance is 10; to "
+        f"{span(shared, digits=0)} % where",
+        f"from {span(means(0), digits=0)} % to within {max(means(12)) - 10:.0f} points of chance, where the "
+        f"untrained network gives {fmean(accuracies(untrained(STUDY)[12], 'own', 'shape').values()):.0f} %",
+        f"({', '.join(f'{fmean(views[b]):.0f}' for b in (4, 8))} and {fmean(views[12]):.0f} % at 4, 8 and 12",
+        f"the encoders reach {cell(views[12])} % on the shape",
+        f"misses that one by {misses(left_of):.1f} points (root mean square) over the nats, "
+        f"{misses(bits_of):.1f} over the number of bits, and {misses(share_of):.1f} over `left` as a share",
+        f"without T 0.2 it misses by {misses(share_of, low):.1f}, the bits by {misses(bits_of, low):.1f}",
+        f"the accuracy is {fmean(accuracies(plain(0.1, 0, 64), 'own', 'shape').values()):.0f} % with 64 keys",
+        f"and {means(4)[1]:.0f} % with 1024 keys and 4 bits",
+        f"give {shared[1]:.0f} % on the shape at 12 bits and T 0.1",
+        f"InfoNCE ends at {fmean(run['loss']['matched'] for run in RUNS[cold].values()):.2f}, where bits "
+        f"alone could reach {limits(0.2, 1024, 12)['L_shortcut']:.2f}",
+    )
+
+
+def test_the_sentences_about_the_course_are_of_the_runs():
     courses = {
         (setting.T, setting.bits): [run["course"]["queue_mean"] for run in runs.values()]
         for setting, runs in RUNS.items()
         if (setting.method, setting.bits_per, setting.K) == ("infonce", "image", 1024)
     }
     ends = {place: f"{fmean(course[-1] for course in each):.2f}" for place, each in courses.items()}
-    assert {ends[place] for place in ends if place[1] >= 8} <= {"0.01", "0.02"}
     highest = max(value for each in courses.values() for course in each for value in course)
     cold = [
         run["course"]["queue_mean"]
@@ -243,38 +299,50 @@ def test_the_other_sentences_are_of_the_runs():
         if setting.T == 0.2
         for run in runs.values()
     ]
-    first = [
-        run["course"]["ifm_factor"][0] for runs in RUNS.values() for run in runs.values() if run["epsilon"]
-    ]
+    start = max(map(max, cold))
+    factors = [[run["course"]["ifm_factor"] for run in RUNS[each].values()] for each in ifm_settings()]
+    first, second = ([fmean(course[n] for course in each) for each in factors] for n in (0, 1))
+    most = max(course[0] for each in factors for course in each)
     plainly, *steps = map(json.loads, (ROOT / ".results" / "first_steps.jsonl").read_text().splitlines())
     longer = [step["grad_norm"] / plainly["grad_norm"] for step in steps]
     assert_says(
         README,
-        f"({shown[0]}, {shown[1]} and {shown[2]} % at 4, 8 and 12 bits)",
-        f"the encoders reach {cell(views[12])} % on the shape",
-        f"misses a setting by {misses(share_of):.1f} points (root mean square), "
-        f"by {misses(left_of):.1f} over the nats, "
-        f"and by {misses(lambda setting: -setting.bits):.1f} over the number of bits",
         f"is at most {highest:.2f}, early, and ends at {ends[0.2, 0]} (T 0.2), {ends[0.1, 0]} (T 0.1) and "
         f"{ends[0.07, 0]} (T 0.07) without bits",
-        f"at T 0.2 |mu| is at most {max(map(max, cold)):.2f}, early",
-        f"factor is up to {max(first):.1f} in the mean of the first epoch",
+        f"at T 0.2 |mu| is at most {start:.2f}, early (at K 65536 a bound of "
+        f"{min(weight_bounds(65536, 1e3, 0.2, 1.0, 'ifm', start)):.2f}), and ends at "
+        f"{max(course[-1] for course in cold):.2f} or less",
+        f"factor is up to {max(first):.1f} in the first epoch ({most:.1f} in one run), while keys are alike, "
+        f"{span(second)} in the second",
         f"lengthened the gradient {span(longer)} times, and the factor was "
         f"{span([step['ifm_factor'] for step in steps])} (",
     )
+
+
+def test_every_run_has_learned_its_bits():
     for folder in FOLDERS:
         assert all(learned(run) for run in read_results(folder) if run["trained"])
+
+
+def test_the_commands_are_those_of_the_runs(monkeypatch):
+    commands = README.split("```bash")[1].split("```")[0]
+    definition, calls = commands.strip().split("\n", 1)
+    words = re.fullmatch(r'sweep\(\) \{ python -m moco\.shortcuts (.*) "\$@"; \}', definition)[1]
+    names = {}
+    for call in re.findall(r"sweep( [^&#\n]*)", calls):
+        monkeypatch.setattr("sys.argv", ["shortcuts", *words.split(), *call.split()])
+        names |= shortcuts.runs_of(shortcuts.parse_args()[0])
+    assert set(names) == {run["name"] for run in STUDY}
+    ends = sorted(datetime.fromisoformat(run["time"].replace("Z", "+00:00")) for run in STUDY)
+    gaps = [(two - one).total_seconds() for one, two in zip(ends, ends[1:], strict=False)]
+    hours = sum(gap for gap in gaps if gap < 300) / 3600  # longer ones are breaks
+    assert_says(README, f"all of it {hours:.1f} hours of two cores")
 
 
 def assert_says(text, *phrases):
     text = " ".join(text.split())
     for words in phrases:
         assert words in text, words
-
-
-def change_of(cell):
-    """(mean, half) of a cell as "+1.0 ± 2.0"."""
-    return tuple(map(float, cell.strip("| ").split(" ± ")))
 
 
 def test_what_is_cited_is_there():
