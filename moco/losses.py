@@ -59,7 +59,7 @@ def gradient_weight(loss, epsilon, T, alpha, method):
 def gradient_lengths(loss, epsilon, T, alpha, method):
     """(sum of w s, sum of s) over the images, (2,): the length of the batch's gradient with IFM and without,
     up to a common factor, if the gradients of all images are parallel. Where they are not, the ratio of the
-    two may overstate by how much IFM lengthens it. Sums of processes add up.
+    two misstates by how much IFM lengthens it. Sums of processes add up.
 
     w: their `gradient_weight`s; s = 1 - exp(-loss): the length of an image's gradient up to the difference of
     its positive and its negative keys. The mean of w would count most the images that hardly have a gradient.

@@ -54,7 +54,7 @@ def figure_of(results):
         for axis, (factor, as_share) in zip(axes, places, strict=True):
             _draw_suppression(axis, found, start, factor, as_share, looks)
             axis.set_title(f"{factor}: linear accuracy, %")
-            axis.set_xlabel("share of the nats left" if as_share else "nats left to the picture")
+            axis.set_xlabel("nats left / without bits" if as_share else "nats left to the picture")
         handles, labels = axes[0].get_legend_handles_labels()
         lines = sorted(zip(labels, handles, strict=True), key=lambda each: not each[0].startswith("T "))
         if of_ifm:

@@ -86,17 +86,21 @@ def effects():
     pairs = [(readout, less) for readout in READOUTS for less in BASES]
     columns = [f"{readout}, - {less}" for readout, less in pairs]
     found = [row("T, bits", "seeds", "factor", "control's", *columns), row(*["---"] * 10)]
-    for T, bits in sorted({(setting.T, setting.bits) for setting in ifm_settings()}):
+    for T, bits in ifm_places():
         mine = ifm_settings(T=T, bits=bits)
         controls = [bases(setting)["its control"] for setting in mine]
         spans = []
         for settings in (mine, controls):
             factors = [interval(factors_of(RUNS[setting]))[0] for setting in settings]
             spans.append(span(factors, digits=2) if len(factors) > 1 else f"{factors[0]:.2f}")
-        changes = [changes_of(mine, *READOUTS[readout], BASES[less]) for readout, less in pairs]
-        cells = [cell(values, sign="+") for values in changes]
+        cells = [cell(changes_of(mine, *pair), sign="+") for pair in pairs]
         found.append(row(f"{T}, {bits}", len(seeds_of(mine)), *spans, *cells))
     return found
+
+
+def ifm_places():
+    """The (T, number of bits) with IFM, sorted."""
+    return sorted({(setting.T, setting.bits) for setting in ifm_settings()})
 
 
 def ifm_settings(**place):
@@ -112,9 +116,13 @@ def seeds_of(settings):
     return sorted(seeds)
 
 
-def changes_of(settings, factor, reading, less):
-    """For each seed the mean over Settings of an accuracy less that of their bases, in points."""
-    pairs = [(RUNS[setting], RUNS[bases(setting)[less]]) for setting in settings]
+def changes_of(settings, readout, less):
+    """For each seed the mean over Settings of an accuracy less that of their bases, in points.
+
+    readout, less: of READOUTS and BASES.
+    """
+    factor, reading = READOUTS[readout]
+    pairs = [(RUNS[setting], RUNS[bases(setting)[BASES[less]]]) for setting in settings]
     means = []
     for seed in seeds_of(settings):
         percents = ([accuracies(runs, reading, factor)[seed] for runs in pair] for pair in pairs)
@@ -130,17 +138,20 @@ def misses(x_of, temperatures=(0.07, 0.1, 0.2)):
     """By how many points, root mean square, an increasing curve over x_of(setting), fitted to all settings
     but one, misses that one's mean accuracy on shape, read with own bits, after InfoNCE.
     """
-    settings = [each for each in RUNS if each.method == "infonce" and each.bits_per == "image"]
-    settings = [each for each in settings if each.T in temperatures]
-    x = np.array([x_of(setting) for setting in settings])
-    y = np.array([fmean(accuracies(RUNS[setting], "own", "shape").values()) for setting in settings])
-    found = []
-    for out in range(len(x)):
-        others, place, counts = np.unique(np.delete(x, out), return_inverse=True, return_counts=True)
-        means = np.bincount(place, np.delete(y, out)) / counts
-        curve = isotonic_regression(means, weights=counts.astype(float)).x
-        found.append(y[out] - np.interp(x[out], others, curve))
-    return np.sqrt(np.mean(np.square(found)))
+    shapes = {
+        each: fmean(accuracies(runs, "own", "shape").values())
+        for each, runs in RUNS.items()
+        if each.method == "infonce" and each.bits_per == "image" and each.T in temperatures
+    }
+    errors = []
+    for out, shape in shapes.items():
+        others = {}
+        for each in shapes.keys() - {out}:
+            others.setdefault(x_of(each), []).append(shapes[each])
+        x = sorted(others)
+        curve = isotonic_regression([fmean(others[at]) for at in x], weights=[len(others[at]) for at in x]).x
+        errors.append(shape - np.interp(x_of(out), x, curve))
+    return np.sqrt(np.mean(np.square(errors)))
 
 
 def left_of(setting):
@@ -193,71 +204,81 @@ def span(values, sign="", digits=1):
 
 
 def test_the_sentences_about_ifm_are_of_the_runs():
-    cases = [(T, bits) for T in (0.07, 0.1) for bits in (4, 8)]
-    settings = {case: ifm_settings(T=case[0], bits=case[1]) for case in cases}
-    changes = {
-        less: [interval(changes_of(mine, "shape", "own", BASES[less])) for mine in settings.values()]
-        for less in BASES
-    }
+    cases = {(T, bits): ifm_settings(T=T, bits=bits) for T, bits in ifm_places() if T < 0.2}
+    changes = [changes_of(mine, "shape", "InfoNCE") for mine in cases.values()]
     of_controls = [
-        interval(np.subtract(*(changes_of(mine, "shape", "own", each) for each in BASES.values())))
-        for mine in settings.values()
+        np.subtract(change, changes_of(mine, "shape", "control"))
+        for change, mine in zip(changes, cases.values(), strict=True)
     ]
-    assert all(abs(mean) <= half for mean, half in [*changes["InfoNCE"], *of_controls])
-    gains = sorted(mean + half for mean, half in changes["InfoNCE"])
-    means = {
-        case: fmean(accuracies(plain(*case), "own", "shape").values())
-        for case in [(0.07, 0), (0.1, 0), *cases]
-    }
-    taken = span([means[T, 0] - means[T, bits] for T, bits in cases], digits=0)
-    change, control = (span([mean for mean, _ in each], "+") for each in (changes["InfoNCE"], of_controls))
-    factors = [interval(factors_of(RUNS[one]))[0] for each in settings.values() for one in each]
+    changes, of_controls = (list(map(interval, each)) for each in (changes, of_controls))
+    assert len(cases) == 4 and all(abs(mean) <= half for mean, half in [*changes, *of_controls])
+    ends = sorted(mean + half for mean, half in changes)
+    means = {place: fmean(accuracies(plain(*place), "own", "shape").values()) for place in cases}
+    without = {T: fmean(accuracies(plain(T, 0), "own", "shape").values()) for T, _ in cases}
+    taken = span([without[T] - means[T, bits] for T, bits in cases], digits=0)
+    change, control = (span([mean for mean, _ in each], "+") for each in (changes, of_controls))
+    factors = [interval(factors_of(RUNS[one]))[0] for mine in cases.values() for one in mine]
     every = [
-        (T, *interval(changes_of(ifm_settings(T=T, bits=bits), *READOUTS[readout], BASES[less])))
-        for T, bits in sorted({(setting.T, setting.bits) for setting in ifm_settings()})
+        (T, *interval(changes_of(ifm_settings(T=T, bits=bits), readout, less)))
+        for T, bits in ifm_places()
         for readout in READOUTS
         for less in BASES
     ]
     outside = [T for T, mean, half in every if abs(mean) > half]
-    losing = {bits: Setting(0.07, 1024, bits, "image", "match_ifm_only", 0.5) for bits in (4, 8)}
-    pairs = [losing[8], losing[8]._replace(method="ifm_only")]
-    ends = [fmean(run["loss"]["matched"] for run in RUNS[each].values()) for each in pairs]
-    last = [interval(factors_of(RUNS[each]))[0] for each in pairs]
-    places = ((4, "shape"), (8, "color"))
-    bad = [changes_of([losing[bits]], what, "own", "InfoNCE") for bits, what in places]
-    others = {
-        bits: [one for one in settings[0.07, bits] if bases(one)["its control"] != losing[bits]]
-        for bits in losing
-    }
-    good = [changes_of(others[bits], what, "own", "its control") for bits, what in places]
-    bad, good = ([cell(values, sign="+") for values in each] for each in (bad, good))
     assert_says(
         README,
-        f"the accuracy changes by {change} points in the means of four cases, of {taken} that the bits take; "
-        f"gains of more than {gains[2]:.1f} points are excluded in three of them.",
-        f"factors of {span(factors, digits=2)}), the linear accuracy on shape changes by {change} points in "
-        f"the means of the four cases, of {taken} that the bits take, and in none by more than its interval; "
-        f"gains of more than {gains[2]:.1f} points are excluded in three of them, and of more than "
-        f"{gains[3]:.1f} in the other.",
-        f"changed shape by {control} points, none more than its interval",
+        f"factors of {span(factors, digits=2)}) it changes the linear accuracy on shape, which the bits "
+        f"lower by {taken} points, by {change} in the mean over methods and epsilon of each case, in none by "
+        f"more than its interval, which ends at {ends[2]:+.1f} or less in three of the four and at "
+        f"{ends[3]:+.1f} in the other.",
+        f"changed shape by {control} in the means of the cases, none more than its interval",
         f"Of the {len(every)} intervals of the table {len(outside)} leave out 0 (",
-        f"share runs), {outside.count(0.2)} of them at T 0.2",
-        f"it has {bad[0]} on shape against InfoNCE with 4 bits, and {bad[1]} on color with 8",
-        f"its factor ends at {last[0]:.2f}, IFM's at {last[1]:.2f}",
-        f"its InfoNCE at {ends[0]:.2f}, IFM's at {ends[1]:.2f}",
-        f"control is {good[0]} on shape with 4 bits, and {good[1]} on color with 8",
+        f"independent), {outside.count(0.2)} of them at T 0.2",
     )
+    for text in (README, FRONT):
+        assert_says(
+            text,
+            f"which the bits lower by {taken} points, by {change} in the mean over methods and epsilon; in "
+            f"three of the four cases the 95 % interval ends at {ends[2]:+.1f} or less",
+        )
+
+
+def test_the_sentences_about_the_control_that_trains_badly_are_of_the_runs():
+    mine = {bits: Setting(0.07, 1024, bits, "image", "ifm_only", 0.5) for bits in (4, 8)}
+    ill = {bits: bases(setting)["its control"] for bits, setting in mine.items()}
+    sound = {bits: [one for one in ifm_settings(T=0.07, bits=bits) if one != mine[bits]] for bits in mine}
+    bad = {
+        (bits, readout): cell(changes_of([ill[bits]], readout, "InfoNCE"), sign="+")
+        for bits in ill
+        for readout in READOUTS
+    }
+    good = {
+        (bits, readout): cell(changes_of(sound[bits], readout, "control"), sign="+")
+        for bits in sound
+        for readout in READOUTS
+    }
+    runs = RUNS[ill[8]], RUNS[mine[8]]
+    factors = [f"{interval(factors_of(each))[0]:.2f}" for each in runs]
+    losses = [f"{fmean(run['loss']['matched'] for run in each.values()):.2f}" for each in runs]
     assert_says(
-        FRONT,
-        f"by {change} points in the means of four cases, of {taken} that the bits take; gains of more than "
-        f"{gains[2]:.1f} points are excluded in three",
+        README,
+        f"it has {bad[4, 'shape']} on shape with 4 bits, and {bad[8, 'shape']} on shape and "
+        f"{bad[8, 'color']} on color with 8.",
+        f"its factor ends at {factors[0]}, IFM's at {factors[1]}, and its InfoNCE at {losses[0]}, IFM's at "
+        f"{losses[1]}.",
+        f"is {good[4, 'shape']} on shape with 4 bits, and with 8 {good[8, 'shape']} on shape, "
+        f"{good[8, 'shape, shared bits']} on shape with shared bits, and {good[8, 'color']} on color.",
     )
 
 
 def test_the_sentences_about_suppression_are_of_the_runs():
+    def dash(values):
+        return f"{min(values):.0f}-{max(values):.0f}"
+
     def means(bits, reading="own"):
         return [fmean(accuracies(plain(T, bits), reading, "shape").values()) for T in (0.07, 0.1, 0.2)]
 
+    without, by_bits = means(0)[1], means(12)[1]  # at T 0.1
     views = {b: accuracies(plain(0.1, b, per="view"), "own", "shape").values() for b in (4, 8, 12)}
     shared, before = means(12, "shared"), fmean(accuracies(untrained(STUDY)[12], "shared", "shape").values())
     assert 1.9 < shared[1] / before < 2.4  # "twice"
@@ -268,15 +289,16 @@ def test_the_sentences_about_suppression_are_of_the_runs():
     cold = Setting(0.2, 1024, 12, "image", "infonce", 0.0)
     assert_says(
         README,
-        f"from {span(means(0), digits=0)} % to {span(means(12), digits=0)} % (chance is 10; to "
-        f"{span(shared, digits=0)} % where",
-        f"from {span(means(0), digits=0)} % to within {max(means(12)) - 10:.0f} points of chance, where the "
+        f"from {dash(means(0))} % to {dash(means(12))} % (chance is 10; to {dash(shared)} % where",
+        f"from {dash(means(0))} % to within {max(means(12)) - 10:.0f} points of chance, where the "
         f"untrained network gives {fmean(accuracies(untrained(STUDY)[12], 'own', 'shape').values()):.0f} %",
         f"({', '.join(f'{fmean(views[b]):.0f}' for b in (4, 8))} and {fmean(views[12]):.0f} % at 4, 8 and 12",
         f"the encoders reach {cell(views[12])} % on the shape",
+        f"instead of {without:.1f} without the channels and {by_bits:.1f} with the shortcut: of those "
+        f"{without - by_bits:.0f} points the channels alone take {without - fmean(views[12]):.0f}",
         f"misses that one by {misses(left_of):.1f} points (root mean square) over the nats, "
-        f"{misses(bits_of):.1f} over the number of bits, and {misses(share_of):.1f} over `left` as a share",
-        f"without T 0.2 it misses by {misses(share_of, low):.1f}, the bits by {misses(bits_of, low):.1f}",
+        f"{misses(bits_of):.1f} over the bits, and {misses(share_of):.1f} over `left` as a share",
+        f"the share and the bits hardly differ ({misses(share_of, low):.1f} and {misses(bits_of, low):.1f})",
         f"the accuracy is {fmean(accuracies(plain(0.1, 0, 64), 'own', 'shape').values()):.0f} % with 64 keys",
         f"and {means(4)[1]:.0f} % with 1024 keys and 4 bits",
         f"give {shared[1]:.0f} % on the shape at 12 bits and T 0.1",
@@ -307,10 +329,10 @@ def test_the_sentences_about_the_course_are_of_the_runs():
     longer = [step["grad_norm"] / plainly["grad_norm"] for step in steps]
     assert_says(
         README,
-        f"is at most {highest:.2f}, early, and ends at {ends[0.2, 0]} (T 0.2), {ends[0.1, 0]} (T 0.1) and "
-        f"{ends[0.07, 0]} (T 0.07) without bits",
-        f"at T 0.2 |mu| is at most {start:.2f}, early (at K 65536 a bound of "
-        f"{min(weight_bounds(65536, 1e3, 0.2, 1.0, 'ifm', start)):.2f}), and ends at "
+        f"are at most {highest:.2f}, early, and end without bits at {ends[0.2, 0]} (T 0.2), {ends[0.1, 0]} "
+        f"(T 0.1) and {ends[0.07, 0]} (T 0.07).",
+        f"at T 0.2 the epoch means of |mu| are at most {start:.2f}, early (at K 65536 a bound of "
+        f"{min(weight_bounds(65536, 1e3, 0.2, 1.0, 'ifm', start)):.2f}), and end at "
         f"{max(course[-1] for course in cold):.2f} or less",
         f"factor is up to {max(first):.1f} in the first epoch ({most:.1f} in one run), while keys are alike, "
         f"{span(second)} in the second",
@@ -336,7 +358,11 @@ def test_the_commands_are_those_of_the_runs(monkeypatch):
     ends = sorted(datetime.fromisoformat(run["time"].replace("Z", "+00:00")) for run in STUDY)
     gaps = [(two - one).total_seconds() for one, two in zip(ends, ends[1:], strict=False)]
     hours = sum(gap for gap in gaps if gap < 300) / 3600  # longer ones are breaks
-    assert_says(README, f"all of it {hours:.1f} hours of two cores")
+    trained = sum(run["trained"] for run in STUDY)
+    each = 2 * 3600 * hours / trained
+    assert_says(
+        README, f"The {trained} trained runs took {hours:.1f} hours of two cores of an AMD EPYC: {each:.0f} s"
+    )
 
 
 def assert_says(text, *phrases):
