@@ -105,20 +105,16 @@ class Lock:
 
     def __init__(self, path, refusal=None):
         path, this = Path(path), Holder.this()
-        descriptor = None
-        while descriptor is None:
-            descriptor, holder = _try(path, this)
-            if descriptor is None and holder and refusal:
+        held, stop = [], threading.Event()  # held: the descriptor of the file, once it is
+        beat = threading.Thread(target=_renew, args=(path, held, stop), daemon=True)
+        # Before the file is made, so that a signal that ends the process in between leaves none.
+        self.release = multiprocessing.util.Finalize(self, _release, (path, held, beat, stop), exitpriority=0)
+        while not held:
+            holder = _try(path, this, held)
+            if holder and refusal:
                 raise UserError(refusal(holder))
-            if descriptor is None:
+            if not held:
                 time.sleep(0.1)
-        stop = threading.Event()
-        beat = threading.Thread(
-            target=_renew, args=(descriptor if os.utime in os.supports_fd else path, stop), daemon=True
-        )
-        self.release = multiprocessing.util.Finalize(
-            self, _release, (path, descriptor, beat, stop), exitpriority=0
-        )
         beat.start()
 
     def __enter__(self):
@@ -128,8 +124,10 @@ class Lock:
         self.release()
 
 
-def _try(path, this):
-    """(descriptor of the file at `path`, held from now on, or None, the living Holder if that is why)."""
+def _try(path, this, held):
+    """Append the descriptor of the file at `path` to `held`, or else return the living Holder if that is
+    why.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:  # left by another user
@@ -137,22 +135,22 @@ def _try(path, this):
     try:
         obtained, holder = _flock(descriptor), _read_holder(descriptor)
         if not _is_at(descriptor, path):  # its holder has just removed it
-            return None, None
+            return None
         if holder != this:
             if _lives(path, obtained, holder):
-                return None, holder or Holder()
+                return holder or Holder()
             if obtained is False:  # a server keeps the lock of a dead machine
                 if _is_at(descriptor, path):
                     path.unlink()
-                return None, None
+                return None
+        held.append(descriptor)
         with contextlib.suppress(OSError):  # it is held also if the disk is full
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)
             os.write(descriptor, json.dumps(asdict(this)).encode())
-        kept, descriptor = descriptor, None
-        return kept, None
+        return None
     finally:
-        if descriptor is not None:
+        if not held:
             os.close(descriptor)
 
 
@@ -176,16 +174,20 @@ def _lives(path, obtained, holder):
     return False
 
 
-def _renew(file, stop):
+def _renew(path, held, stop):
+    file = held[0] if os.utime in os.supports_fd else path
     while not stop.wait(BEAT):
         with contextlib.suppress(OSError):
             os.utime(file)
 
 
-def _release(path, descriptor, beat, stop):
+def _release(path, held, beat, stop):
     stop.set()
     if beat.ident is not None:  # it was started
         beat.join(BEAT)
+    if not held:
+        return
+    descriptor = held[0]
     is_ours = _is_at(descriptor, path)
     if fcntl is None:  # Windows removes no open file
         os.close(descriptor)

@@ -191,3 +191,19 @@ def test_a_folder_that_another_process_makes_is_refused_at_once(tmp_path):
     with atomic_folder(path) as temporary:
         (temporary / "x").touch()
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_signal_while_a_lock_is_taken_leaves_no_file(tmp_path, monkeypatch):
+    write = os.write
+
+    def write_and_leave(*arguments):
+        write(*arguments)
+        raise SystemExit(75)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write_and_leave)
+        with contextlib.suppress(SystemExit):
+            Lock(tmp_path / "lock")
+    assert os.listdir(tmp_path) == []
+    with Lock(tmp_path / "lock"):  # control: it is there while it is held
+        assert os.listdir(tmp_path) == ["lock"]
